@@ -1,0 +1,126 @@
+#include "core/check.hpp"
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/lists.hpp"
+
+namespace bnext {
+
+std::string to_string(const Shape& shape) {
+  std::string text = "(";
+  for (std::size_t i = 0; i < shape.size(); ++i)
+    text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+const char* to_string(DType dtype) {
+  switch (dtype) {
+#define BNEXT_CASE(name, type) \
+  case DType::name:            \
+    return #name;
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  return "?";
+}
+
+std::int64_t dtype_size(DType dtype) {
+  switch (dtype) {
+#define BNEXT_CASE(name, type) \
+  case DType::name:            \
+    return sizeof(type);
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  return 0;
+}
+
+std::int64_t Array::size() const {
+  std::int64_t product = 1;
+  for (const std::int64_t extent : shape) product *= extent;
+  return product;
+}
+
+std::int64_t Array::bytes() const { return size() * dtype_size(dtype); }
+
+void Check::fail(const char* argument, const std::string& message) const {
+  throw std::invalid_argument(std::string(operation_) + ": " + argument + ": " + message);
+}
+
+void Check::usable(const char* argument, const Array& a) const {
+  if (!a.given) fail(argument, "expected an array, got none");
+  for (const std::int64_t extent : a.shape)
+    if (extent < 0) fail(argument, "expected no negative extent, got shape " + to_string(a.shape));
+  if (a.size() == 0) return;
+  if (a.data == nullptr) fail(argument, "expected data, got a null pointer");
+  if (reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(dtype_size(a.dtype)))
+    fail(argument, "expected data aligned to its elements, got a misaligned pointer");
+}
+
+Problem Check::problem(const Array& x, int channel_axis) const {
+  usable("x", x);
+  const auto rank = static_cast<int>(x.shape.size());
+  if (rank < 2)
+    fail("x", "expected 2 or more dimensions, (N, C, *) or (N, *, C), got shape " +
+                  to_string(x.shape));
+  // The last axis may also be called by its positive number where that is 1.
+  if (channel_axis != 1 && channel_axis != -1)
+    fail("channel_axis", "expected 1 or -1, got " + std::to_string(channel_axis));
+  const bool last = channel_axis == -1;
+  Problem problem{x.shape[0], last ? x.shape.back() : x.shape[1], 1, last};
+  for (int axis = last ? 1 : 2; axis < (last ? rank - 1 : rank); ++axis)
+    problem.s *= x.shape[static_cast<std::size_t>(axis)];
+  // (N, C) has the same memory either way, and rows of channels are its natural form.
+  if (problem.s == 1) problem.channels_last = true;
+  return problem;
+}
+
+void Check::same_kind(const char* argument, const Array& a, const Array& x) const {
+  usable(argument, a);
+  if (a.dtype != x.dtype)
+    throw DTypeError(std::string(operation_) + ": " + argument + ": expected dtype " +
+                     to_string(x.dtype) + " like the data, got " + to_string(a.dtype));
+  if (a.shape != x.shape)
+    fail(argument, "expected shape " + to_string(x.shape) + ", got " + to_string(a.shape));
+}
+
+void Check::per_channel(const char* argument, const Array& a, std::int64_t c, DType dtype) const {
+  usable(argument, a);
+  if (a.dtype != dtype)
+    throw DTypeError(std::string(operation_) + ": " + argument + ": expected dtype " +
+                     to_string(dtype) + ", got " + to_string(a.dtype));
+  if (a.shape != Shape{c})
+    fail(argument, "expected shape " + to_string(Shape{c}) + ", got " + to_string(a.shape));
+}
+
+void Check::optional_per_channel(const char* argument, const Array& a, std::int64_t c,
+                                 DType dtype) const {
+  if (a.given) per_channel(argument, a, c, dtype);
+}
+
+void Check::eps(double eps) const {
+  if (!(eps >= 0) || std::isinf(eps))
+    fail("eps", "expected a finite number that is not negative, got " + std::to_string(eps));
+}
+
+void Check::slope(double negative_slope) const {
+  if (!std::isfinite(negative_slope))
+    fail("negative_slope", "expected a finite number, got " + std::to_string(negative_slope));
+}
+
+void Check::no_overlap(const char* out_name, const Array& out, const char* in_name,
+                       const Array& in, bool may_be_same) const {
+  if (!out.given || !in.given || out.bytes() == 0 || in.bytes() == 0) return;
+  const auto out_begin = reinterpret_cast<std::uintptr_t>(out.data);
+  const auto in_begin = reinterpret_cast<std::uintptr_t>(in.data);
+  const auto out_end = out_begin + static_cast<std::uintptr_t>(out.bytes());
+  const auto in_end = in_begin + static_cast<std::uintptr_t>(in.bytes());
+  if (out_end <= in_begin || in_end <= out_begin) return;
+  if (may_be_same && out_begin == in_begin && out_end == in_end) return;
+  fail(out_name, std::string("overlaps ") + in_name +
+                     (may_be_same ? " in part; it may be that very array, or memory of its own"
+                                  : "; it must have memory of its own"));
+}
+
+}  // namespace bnext

@@ -1,0 +1,28 @@
+// A backend is a table of launchers, one per operation and dtype.
+#pragma once
+
+#include <cstddef>
+
+#include "core/args.hpp"
+#include "core/lists.hpp"
+
+namespace bnext {
+
+enum class DType;
+
+#define BNEXT_COUNT(...) +1
+constexpr std::size_t dtype_count = 0 BNEXT_DTYPES(BNEXT_COUNT);
+#undef BNEXT_COUNT
+
+struct Backend {
+  const char* name;
+  bool (*available)();
+#define BNEXT_FIELD(op, args) void (*op[dtype_count])(const args&);
+  BNEXT_OPS(BNEXT_FIELD)
+#undef BNEXT_FIELD
+};
+
+// The table in use.
+const Backend& current_backend();
+
+}  // namespace bnext

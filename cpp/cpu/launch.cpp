@@ -1,0 +1,202 @@
+#include "cpu/launch.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "bnext/batch_norm.hpp"
+#include "bnext/runtime.hpp"
+#include "core/philox.hpp"
+#include "cpu/parallel.hpp"
+
+namespace bnext {
+namespace {
+
+// Scratch memory of the calling thread, kept for its next call.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t bytes) {
+    static thread_local std::unique_ptr<unsigned char[]> buffer;
+    static thread_local std::size_t capacity = 0;
+    if (bytes > capacity) {
+      buffer.reset();
+      capacity = 0;
+      buffer.reset(new unsigned char[bytes]);
+      capacity = bytes;
+    }
+    next_ = buffer.get();
+  }
+
+  template <class T>
+  T* take(std::int64_t count) {
+    T* block = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(count);
+    return block;
+  }
+
+  template <class T>
+  static std::size_t bytes(std::int64_t count) {
+    const std::size_t size = static_cast<std::size_t>(count) * sizeof(T);
+    return (size + alignof(std::max_align_t) - 1) / alignof(std::max_align_t) *
+           alignof(std::max_align_t);
+  }
+
+ private:
+  unsigned char* next_;
+};
+
+template <class T>
+double value_or(const void* array, std::int64_t c, double otherwise) {
+  return array != nullptr ? static_cast<double>(static_cast<const T*>(array)[c]) : otherwise;
+}
+
+// reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk).
+// The order of the sums is in the grid; this only chooses who does what when.
+template <class Reduce, class Finish, class Apply>
+void reduce_then_apply(const Grid& grid, Reduce reduce, Finish finish, Apply apply) {
+  const std::int64_t work = grid.problem.size();
+  const auto finish_group = [&](std::int64_t group) {
+    for (std::int64_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) finish(c);
+  };
+  // Enough groups to share out: each is taken through all three steps while it is in cache. The
+  // second pass goes backwards, since what the first read last is still there.
+  if (grid.chunks == 1 || grid.groups >= 4 * num_threads()) {
+    parallel_for(grid.groups, work, [&](std::int64_t group) {
+      for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) reduce(group, chunk);
+      finish_group(group);
+      for (std::int64_t chunk = grid.chunks; chunk-- > 0;) apply(group, chunk);
+    });
+    return;
+  }
+  const std::int64_t tiles = grid.groups * grid.chunks;
+  parallel_for(tiles, work,
+               [&](std::int64_t tile) { reduce(tile / grid.chunks, tile % grid.chunks); });
+  parallel_for(grid.groups, tiles, finish_group);
+  parallel_for(tiles, work, [&](std::int64_t i) {
+    const std::int64_t tile = tiles - 1 - i;
+    apply(tile / grid.chunks, tile % grid.chunks);
+  });
+}
+
+}  // namespace
+
+template <class T>
+void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
+  const Grid grid = make_grid(a.problem);
+  const std::int64_t channels = a.problem.c;
+  Workspace workspace(Workspace::bytes<Moments>(channels * grid.chunks) +
+                      Workspace::bytes<Affine<T>>(channels));
+  auto* partials = workspace.take<Moments>(channels * grid.chunks);
+  auto* forward = workspace.take<Affine<T>>(channels);
+  const auto* x = static_cast<const T*>(a.x);
+  auto* y = static_cast<T*>(a.y);
+  const auto apply = kernels.apply[static_cast<int>(a.activation)];
+  const auto slope = static_cast<T>(a.negative_slope);
+
+  reduce_then_apply(
+      grid,
+      [&](std::int64_t group, std::int64_t chunk) {
+        kernels.moments(grid, group, chunk, x, partials);
+      },
+      [&](std::int64_t c) {
+        Moments total{0, 0, 0};
+        for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk)
+          total = merge(total, partials[c * grid.chunks + chunk]);
+        const double var = total.m2 / total.count;
+        const double inv_std = 1 / std::sqrt(var + a.eps);
+        a.mean[c] = total.mean;
+        a.var[c] = var;
+        a.inv_std[c] = inv_std;
+        forward[c] = normalisation<T>(total.mean, inv_std, value_or<T>(a.weight, c, 1),
+                                      value_or<T>(a.bias, c, 0));
+      },
+      [&](std::int64_t group, std::int64_t chunk) {
+        apply(grid, group, chunk, x, forward, slope, y);
+      });
+}
+
+template <class T>
+void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
+  const Grid grid = make_grid(a.problem);
+  const std::int64_t channels = a.problem.c;
+  Workspace workspace(Workspace::bytes<GradSums>(channels * grid.chunks) +
+                      Workspace::bytes<Affine<T>>(channels) +
+                      Workspace::bytes<GradAffine<T>>(channels));
+  auto* partials = workspace.take<GradSums>(channels * grid.chunks);
+  auto* forward = workspace.take<Affine<T>>(channels);
+  auto* backward = workspace.take<GradAffine<T>>(channels);
+  const auto* grad_y = static_cast<const T*>(a.grad_y);
+  const auto* x = static_cast<const T*>(a.x);
+  auto* grad_x = static_cast<T*>(a.grad_x);
+  const auto grad_sums = kernels.grad_sums[static_cast<int>(a.activation)];
+  const auto apply_grad = kernels.apply_grad[static_cast<int>(a.activation)];
+  const auto slope = static_cast<T>(a.negative_slope);
+  const auto count = static_cast<double>(a.problem.per_channel());
+
+  for (std::int64_t c = 0; c < channels; ++c)
+    forward[c] = normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
+                                  value_or<T>(a.bias, c, 0));
+
+  reduce_then_apply(
+      grid,
+      [&](std::int64_t group, std::int64_t chunk) {
+        grad_sums(grid, group, chunk, grad_y, x, a.mean, forward, slope, partials);
+      },
+      [&](std::int64_t c) {
+        GradSums total{0, 0};
+        for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) {
+          total.g += partials[c * grid.chunks + chunk].g;
+          total.gx += partials[c * grid.chunks + chunk].gx;
+        }
+        const double sum_gn = total.gx * a.inv_std[c];
+        if (a.grad_weight != nullptr) static_cast<T*>(a.grad_weight)[c] = static_cast<T>(sum_gn);
+        if (a.grad_bias != nullptr) static_cast<T*>(a.grad_bias)[c] = static_cast<T>(total.g);
+        // Constant statistics pass no gradient on.
+        const double share = a.batch_statistics ? 1 / count : 0;
+        backward[c] =
+            grad_normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
+                                  total.g * share, sum_gn * share);
+      },
+      [&](std::int64_t group, std::int64_t chunk) {
+        apply_grad(grid, group, chunk, grad_y, x, forward, backward, slope, grad_x);
+      });
+}
+
+template <class T>
+void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
+  const Grid grid = make_grid(a.problem);
+  const std::int64_t channels = a.problem.c;
+  Workspace workspace(Workspace::bytes<Affine<T>>(channels));
+  auto* forward = workspace.take<Affine<T>>(channels);
+  for (std::int64_t c = 0; c < channels; ++c)
+    forward[c] = normalisation<T>(static_cast<const T*>(a.mean)[c],
+                                  1 / std::sqrt(value_or<T>(a.var, c, 0) + a.eps),
+                                  value_or<T>(a.weight, c, 1), value_or<T>(a.bias, c, 0));
+  const auto apply = kernels.apply[static_cast<int>(a.activation)];
+  const auto slope = static_cast<T>(a.negative_slope);
+  parallel_for(grid.groups * grid.chunks, a.problem.size(), [&](std::int64_t tile) {
+    apply(grid, tile / grid.chunks, tile % grid.chunks, static_cast<const T*>(a.x), forward, slope,
+          static_cast<T*>(a.y));
+  });
+}
+
+template <class T>
+void launch(const DropoutArgs& a, const Kernels<T>& kernels) {
+  constexpr std::int64_t spans_per_task = 256;
+  const std::int64_t spans = (a.size + MaskLayout::span - 1) / MaskLayout::span;
+  const std::int64_t tasks = (spans + spans_per_task - 1) / spans_per_task;
+  parallel_for(tasks, a.size, [&](std::int64_t task) {
+    const std::int64_t first = task * spans_per_task;
+    kernels.dropout(a, first, std::min(first + spans_per_task, spans));
+  });
+}
+
+#define BNEXT_INSTANTIATE(name, T)                                         \
+  template void launch(const BatchNormForwardArgs&, const Kernels<T>&);    \
+  template void launch(const BatchNormBackwardArgs&, const Kernels<T>&);   \
+  template void launch(const BatchNormInferenceArgs&, const Kernels<T>&);  \
+  template void launch(const DropoutArgs&, const Kernels<T>&);
+BNEXT_DTYPES(BNEXT_INSTANTIATE)
+#undef BNEXT_INSTANTIATE
+
+}  // namespace bnext

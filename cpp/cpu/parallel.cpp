@@ -1,0 +1,97 @@
+#include "cpu/parallel.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+
+#include "bnext/runtime.hpp"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace bnext {
+namespace {
+
+// Below this many elements, waking a thread costs more than it saves.
+constexpr std::int64_t serial_work = 16384;
+
+#ifdef _OPENMP
+// Processors that the cgroup's quota pays for; a container may see more than it may use.
+int cgroup_limit() {
+  std::string quota = "max";
+  double period = 0;
+  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> quota >> period) {
+    if (quota == "max") return 0;
+  } else {
+    std::ifstream v1_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
+    std::ifstream v1_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    if (!(v1_quota >> quota) || !(v1_period >> period)) return 0;
+  }
+  const double processors = period > 0 ? std::atof(quota.c_str()) / period : 0;
+  return processors > 0 ? std::max(1, static_cast<int>(processors + 0.999)) : 0;
+}
+
+int default_threads() {
+  // omp_get_num_procs respects the affinity mask, omp_get_max_threads OMP_NUM_THREADS.
+  if (std::getenv("OMP_NUM_THREADS") != nullptr) return omp_get_max_threads();
+  const int limit = cgroup_limit();
+  const int processors = omp_get_num_procs();
+  return limit > 0 ? std::min(limit, processors) : processors;
+}
+#else
+int default_threads() { return 1; }
+#endif
+
+std::atomic<int>& thread_count() {
+  static std::atomic<int> count{default_threads()};
+  return count;
+}
+
+}  // namespace
+
+int num_threads() { return thread_count(); }
+
+void set_num_threads(int n) {
+  if (n < 1)
+    throw std::invalid_argument("set_num_threads: n: expected 1 or more, got " + std::to_string(n));
+#ifdef _OPENMP
+  thread_count() = n;
+#endif
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+void pause_threads() {
+#if defined(_OPENMP) && _OPENMP >= 201811
+  // A child of fork has no worker threads, but libgomp in it believes it has; without this the
+  // child's first parallel region waits for them forever.
+  omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
+void parallel_for(std::int64_t count, std::int64_t work, void (*body)(void*, std::int64_t),
+                  void* context) {
+#ifdef _OPENMP
+  const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads(), count));
+  if (threads > 1 && work >= serial_work) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (std::int64_t i = 0; i < count; ++i) body(context, i);
+    return;
+  }
+#else
+  (void)work;
+#endif
+  for (std::int64_t i = 0; i < count; ++i) body(context, i);
+}
+
+}  // namespace bnext

@@ -1,0 +1,77 @@
+// Batch Normalization (Ioffe & Szegedy, 2015, arXiv:1502.03167).
+//
+// Arrays of data are (N, C, *) with channel_axis 1, or (N, *, C) with channel_axis -1, of two or
+// more dimensions, C-contiguous, float32 or float64. Everything per channel is (C,): weight, bias
+// and their gradients have the dtype of the data; statistics that pass from forward to backward
+// are float64, so that nothing is lost where |mean| is far larger than the standard deviation.
+// m is the number of values per channel, r = 1 / sqrt(var + eps), n = (x - mean) r.
+//
+// Errors: std::invalid_argument for shapes, values and overlapping memory, DTypeError for dtypes.
+// They are thrown before anything is written. An output may be the very array that is read
+// (y = x, grad_x = grad_y), but may not overlap any array in another way.
+// Results do not depend on the number of threads, nor on the instruction set.
+#pragma once
+
+#include <bnext/types.hpp>
+
+namespace bnext {
+
+// What follows the normalisation in the same pass over memory; z is the normalised value.
+//   none: z;   relu: max(z, 0);   leaky_relu: z > 0 ? z : negative_slope * z
+enum class Activation { none, relu, leaky_relu };
+
+// y = activation(weight n + bias), with the biased variance of this batch.
+// Raises if a channel has one value only (m = 1). An empty x (m = 0) gives an empty y and
+// statistics that are NaN.
+struct BatchNormForward {
+  Array x;
+  Array weight;  // optional: 1
+  Array bias;    // optional: 0
+  double eps = 1e-5;
+  int channel_axis = 1;
+  Activation activation = Activation::none;
+  double negative_slope = 0.01;
+  Array y;        // out, like x
+  Array mean;     // out, (C,) float64
+  Array var;      // out, (C,) float64: sum (x - mean)^2 / m
+  Array inv_std;  // out, (C,) float64: r
+};
+void batch_norm_forward(const BatchNormForward& args);
+
+// With g = grad_y * activation'(weight n + bias), and <.> the mean over a channel:
+//   grad_bias = sum g,  grad_weight = sum g n,
+//   grad_x = weight r (g - <g> - n <g n>)   (batch_statistics)
+//   grad_x = weight r g                      (otherwise: mean and inv_std were constants)
+struct BatchNormBackward {
+  Array grad_y;
+  Array x;
+  Array weight;   // as in forward
+  Array bias;     // as in forward; read only if there is an activation
+  Array mean;     // from forward
+  Array inv_std;  // from forward
+  int channel_axis = 1;
+  Activation activation = Activation::none;
+  double negative_slope = 0.01;
+  bool batch_statistics = true;
+  Array grad_x;       // out, like x
+  Array grad_weight;  // out, (C,), optional
+  Array grad_bias;    // out, (C,), optional
+};
+void batch_norm_backward(const BatchNormBackward& args);
+
+// y = activation((x - mean) / sqrt(var + eps) weight + bias), with given statistics.
+struct BatchNormInference {
+  Array x;
+  Array mean;    // (C,), dtype of x
+  Array var;     // (C,), dtype of x, not negative
+  Array weight;  // optional: 1
+  Array bias;    // optional: 0
+  double eps = 1e-5;
+  int channel_axis = 1;
+  Activation activation = Activation::none;
+  double negative_slope = 0.01;
+  Array y;  // out, like x
+};
+void batch_norm_inference(const BatchNormInference& args);
+
+}  // namespace bnext

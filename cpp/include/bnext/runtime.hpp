@@ -1,0 +1,36 @@
+// Which kernels run, and on how many threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace bnext {
+
+struct BackendInfo {
+  std::string name;
+  bool available;  // this processor can run it
+};
+
+// Every backend that was compiled, best last.
+std::vector<BackendInfo> backends();
+
+// The backend in use: the best one available, or the one that BNEXT_BACKEND named at load.
+std::string backend();
+
+// Use another backend from the next call on. Throws std::invalid_argument if there is none of
+// that name or this processor cannot run it, listing those there are.
+void set_backend(const std::string& name);
+
+// Threads that operations on large arrays use. The default respects OMP_NUM_THREADS, the affinity
+// mask and the cgroup quota. Without OpenMP it is always 1.
+int num_threads();
+void set_num_threads(int n);  // n >= 1, else std::invalid_argument
+
+bool has_openmp();
+
+// Lets a forked child use threads again: call in the parent, before fork.
+void pause_threads();
+
+std::string version();
+
+}  // namespace bnext

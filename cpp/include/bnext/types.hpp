@@ -1,0 +1,55 @@
+// What every operation takes: dtypes, arrays that somebody else owns, errors.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace bnext {
+
+enum class DType { float32, float64 };
+
+template <class T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() {
+  return DType::float32;
+}
+template <>
+constexpr DType dtype_of<double>() {
+  return DType::float64;
+}
+
+// An array argument has the wrong dtype. Wrong values and shapes raise std::invalid_argument.
+class DTypeError : public std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+using Shape = std::vector<std::int64_t>;
+
+// A C-contiguous array that somebody else owns and keeps alive during the call.
+// A default-constructed Array stands for an optional argument that is not given.
+struct Array {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  Shape shape;
+  bool given = false;
+
+  Array() = default;
+  Array(void* data_, DType dtype_, Shape shape_)
+      : data(data_), dtype(dtype_), shape(std::move(shape_)), given(true) {}
+  template <class T>
+  Array(T* data_, std::initializer_list<std::int64_t> shape_)
+      : Array(data_, dtype_of<T>(), Shape(shape_)) {}
+  // Inputs are never written, so a pointer to const may be given for them.
+  template <class T>
+  Array(const T* data_, std::initializer_list<std::int64_t> shape_)
+      : Array(const_cast<T*>(data_), shape_) {}
+
+  std::int64_t size() const;   // number of elements
+  std::int64_t bytes() const;  // size() times the size of an element
+};
+
+}  // namespace bnext
