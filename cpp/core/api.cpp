@@ -32,16 +32,17 @@ const void* optional(const Array& a) { return a.given ? a.data : nullptr; }
 
 std::size_t row(DType dtype) { return static_cast<std::size_t>(dtype); }
 
-// Forward and backward are the same product with the same mask.
-void run_dropout(const char* operation, const char* in_name, const Array& in, double p,
-                 std::uint64_t seed, std::uint64_t offset, const Array& out) {
-  const Check check(operation);
+void check_dropout(const Check& check, const char* in_name, const Array& in, double p,
+                   const Array& out) {
   if (!(p >= 0 && p <= 1))
     check.fail("p", "expected a probability in [0, 1], got " + std::to_string(p));
   check.same_kind(in_name, in, in);
   check.same_kind("out", out, in);
   check.no_overlap("out", out, in_name, in, true);
+}
 
+// Forward and backward are the same product with the same mask.
+void run_dropout(const Array& in, double p, const DropoutDraw& draw, const Array& out) {
   if (in.size() == 0) return;
   if (p == 0) {
     if (out.data != in.data)
@@ -51,7 +52,7 @@ void run_dropout(const char* operation, const char* in_name, const Array& in, do
   const auto threshold = static_cast<std::uint64_t>(std::llround(std::ldexp(p, 32)));
   const double scale = p == 1 ? 0 : 1 / (1 - p);
   current_backend().dropout[row(in.dtype)](
-      {in.size(), in.data, threshold, scale, seed, offset, out.data});
+      {in.size(), in.data, threshold, scale, draw.seed, draw.offset, out.data});
 }
 
 }  // namespace
@@ -140,12 +141,17 @@ void batch_norm_inference(const BatchNormInference& a) {
        a.activation, a.negative_slope, a.y.data});
 }
 
-void dropout_forward(const DropoutForward& a) {
-  run_dropout("dropout_forward", "x", a.x, a.p, a.seed, a.offset, a.y);
+DropoutDraw dropout_forward(const DropoutForward& a, Generator& generator) {
+  check_dropout(Check("dropout_forward"), "x", a.x, a.p, a.y);
+  const std::uint64_t offset = a.p == 0 ? generator.offset() : generator.next();
+  const DropoutDraw draw{generator.seed(), offset};
+  run_dropout(a.x, a.p, draw, a.y);
+  return draw;
 }
 
 void dropout_backward(const DropoutBackward& a) {
-  run_dropout("dropout_backward", "grad_y", a.grad_y, a.p, a.seed, a.offset, a.grad_x);
+  check_dropout(Check("dropout_backward"), "grad_y", a.grad_y, a.p, a.grad_x);
+  run_dropout(a.grad_y, a.p, a.draw, a.grad_x);
 }
 
 std::array<std::uint32_t, 4> philox4x32_10(const std::array<std::uint32_t, 4>& counter,

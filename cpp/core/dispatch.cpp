@@ -3,37 +3,47 @@
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
+#include <vector>
 
 #include "bnext/runtime.hpp"
 
 namespace bnext {
 
-// One row per instruction set, worst first: BNEXT_ISA(id). CMake writes the file.
-#define BNEXT_ISA(id) extern const Backend backend_##id;
+// One row per instruction set, worst first: BNEXT_ISA(id, condition). CMake writes the file.
+#define BNEXT_ISA(id, condition) extern const Backend backend_##id;
 #include "bnext_isas.inc"
 #undef BNEXT_ISA
 
 namespace {
 
-const Backend* const all[] = {
-#define BNEXT_ISA(id) &backend_##id,
-#include "bnext_isas.inc"
-#undef BNEXT_ISA
+struct Row {
+  const Backend* backend;
+  bool available;
 };
 
+// The questions to the processor are asked here, by code that every processor can run.
+const std::vector<Row>& rows() {
+  static const std::vector<Row> list{
+#define BNEXT_ISA(id, condition) {&backend_##id, condition},
+#include "bnext_isas.inc"
+#undef BNEXT_ISA
+  };
+  return list;
+}
+
 const Backend* best() {
-  const Backend* found = all[0];
-  for (const Backend* backend : all)
-    if (backend->available()) found = backend;
+  const Backend* found = nullptr;
+  for (const Row& row : rows())
+    if (row.available) found = row.backend;
   return found;
 }
 
 const Backend* find(const std::string& name) {
   std::string names;
-  for (const Backend* backend : all) {
-    if (!backend->available()) continue;
-    if (name == backend->name) return backend;
-    names += (names.empty() ? "" : ", ") + std::string(backend->name);
+  for (const Row& row : rows()) {
+    if (!row.available) continue;
+    if (name == row.backend->name) return row.backend;
+    names += (names.empty() ? "" : ", ") + std::string(row.backend->name);
   }
   throw std::invalid_argument("backend: no backend '" + name +
                               "' on this machine; available: " + names);
@@ -57,7 +67,7 @@ const Backend& current_backend() {
 
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> list;
-  for (const Backend* backend : all) list.push_back({backend->name, backend->available()});
+  for (const Row& row : rows()) list.push_back({row.backend->name, row.available});
   return list;
 }
 

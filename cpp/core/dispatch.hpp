@@ -16,7 +16,6 @@ constexpr std::size_t dtype_count = 0 BNEXT_DTYPES(BNEXT_COUNT);
 
 struct Backend {
   const char* name;
-  bool (*available)();
 #define BNEXT_FIELD(op, args) void (*op[dtype_count])(const args&);
   BNEXT_OPS(BNEXT_FIELD)
 #undef BNEXT_FIELD

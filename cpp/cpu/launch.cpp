@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <memory>
 
 #include "bnext/batch_norm.hpp"
@@ -37,8 +38,8 @@ class Workspace {
   template <class T>
   static std::size_t bytes(std::int64_t count) {
     const std::size_t size = static_cast<std::size_t>(count) * sizeof(T);
-    return (size + alignof(std::max_align_t) - 1) / alignof(std::max_align_t) *
-           alignof(std::max_align_t);
+    constexpr std::size_t alignment = alignof(std::max_align_t);  // as new gives it
+    return (size + alignment - 1) / alignment * alignment;
   }
 
  private:

@@ -72,7 +72,8 @@ bool has_openmp() {
 }
 
 void pause_threads() {
-#if defined(_OPENMP) && _OPENMP >= 201811
+// GCC has had the function since version 9, before it claimed OpenMP 5.0.
+#if defined(_OPENMP) && (_OPENMP >= 201811 || (defined(__GNUC__) && !defined(__clang__)))
   // A child of fork has no worker threads, but libgomp in it believes it has; without this the
   // child's first parallel region waits for them forever.
   omp_pause_resource_all(omp_pause_soft);

@@ -1,5 +1,6 @@
 // The backend of one instruction set. CMake compiles this file once per bnext_isa row, with
-// BNEXT_ISA_ID, BNEXT_ISA_NAME and BNEXT_ISA_AVAILABLE set; everything but the table is internal.
+// BNEXT_ISA_ID and BNEXT_ISA_NAME set; everything but the table is internal, and nothing runs before
+// dispatch has asked whether the processor can.
 #include "core/dispatch.hpp"
 #include "cpu/batch_norm.hpp"
 #include "cpu/dropout.hpp"
@@ -28,8 +29,6 @@ void run(const Args& args) {
   launch(args, Table<T>::kernels);
 }
 
-bool available() { return BNEXT_ISA_AVAILABLE; }
-
 }  // namespace
 
 #define BNEXT_CONCAT(a, b) a##b
@@ -38,6 +37,6 @@ bool available() { return BNEXT_ISA_AVAILABLE; }
 #define BNEXT_ROW(op, args) {BNEXT_DTYPES(BNEXT_LAUNCHER_FOR_DTYPE)},
 
 extern const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID);
-const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID){BNEXT_ISA_NAME, available, BNEXT_OPS(BNEXT_ROW)};
+const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID){BNEXT_ISA_NAME, BNEXT_OPS(BNEXT_ROW)};
 
 }  // namespace bnext

@@ -1,15 +1,15 @@
-"""Random numbers: one Philox generator for dropout, one NumPy generator for initial weights."""
+"""Random numbers: one Philox generator for dropout, one NumPy generator for initial weights.
+
+`default_generator` is where dropout draws from when no `generator` is given.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from bnext._core import Generator
+from bnext._core import Generator, default_generator
 
 __all__ = ["Generator", "default_generator", "initial_rng", "manual_seed"]
-
-default_generator = Generator(0)
-"""Where dropout draws from when no `generator` is given."""
 
 _initial_rng = np.random.default_rng(0)
 

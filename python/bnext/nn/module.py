@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,13 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Backward = Callable[[Array], Array]
+
+
+def number(kind: str, argument: str, value: Any) -> float:
+    """`value` as a float; TypeError ``kind: argument: expected a number, got ...``."""
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{kind}: {argument}: expected a number, got {type(value).__name__}")
 
 
 class Parameter:

@@ -1,0 +1,137 @@
+#include "bind/arrays.hpp"
+
+#include <atomic>
+
+#include "core/check.hpp"
+#include "core/lists.hpp"
+
+namespace bnext::bind {
+namespace {
+
+std::atomic<std::int64_t> copies{0};
+
+std::string where(const char* operation, const char* argument) {
+  return std::string(operation) + ": " + argument + ": ";
+}
+
+std::string dtype_name(const py::dtype& dtype) { return py::str(dtype).cast<std::string>(); }
+
+std::optional<DType> known(const py::dtype& dtype) {
+#define BNEXT_MATCH(name, type) \
+  if (dtype.num() == py::dtype::num_of<type>()) return DType::name;
+  BNEXT_DTYPES(BNEXT_MATCH)
+#undef BNEXT_MATCH
+  return std::nullopt;
+}
+
+bool is_native(const py::dtype& dtype) { return dtype.byteorder() == '='; }
+
+bool is_usable(const py::array& array) {
+  constexpr int needed = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ |
+                         py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  return (array.flags() & needed) == needed && is_native(array.dtype());
+}
+
+void refuse_masked(const char* operation, const char* argument, py::handle object) {
+  const py::module_ masked = py::module_::import("numpy.ma");
+  if (!py::isinstance(object, masked.attr("MaskedArray"))) return;
+  if (masked.attr("is_masked")(object).cast<bool>())
+    throw py::type_error(where(operation, argument) +
+                         "expected an array without masked values, got a masked array; its "
+                         "mask would be ignored");
+}
+
+std::string dtype_names() {
+  std::string names;
+#define BNEXT_NAME(name, type) names += std::string(names.empty() ? "" : " or ") + #name;
+  BNEXT_DTYPES(BNEXT_NAME)
+#undef BNEXT_NAME
+  return names;
+}
+
+Shape shape_of(const py::array& array) {
+  return Shape(array.shape(), array.shape() + array.ndim());
+}
+
+}  // namespace
+
+py::array input(const char* operation, const char* argument, py::handle object) {
+  const bool plain = py::isinstance<py::array>(object);
+  // Exact arrays are the usual case; only others can be masked.
+  if (!plain || Py_TYPE(object.ptr()) != py::detail::npy_api::get().PyArray_Type_)
+    refuse_masked(operation, argument, object);
+  py::array array = py::module_::import("numpy").attr("asarray")(object);
+  if (!known(array.dtype()))
+    throw py::type_error(where(operation, argument) + "expected dtype " + dtype_names() +
+                         ", got " + dtype_name(array.dtype()));
+  if (is_usable(array)) return array;
+  if (plain) ++copies;
+  const py::object native = array.dtype().attr("newbyteorder")("=");
+  return array.attr("astype")(native, py::arg("order") = "C", py::arg("copy") = true);
+}
+
+OptionalArray per_channel(const char* operation, const char* argument, py::handle object,
+                          const py::dtype& like) {
+  if (object.is_none()) return std::nullopt;
+  if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object))
+    return input(operation, argument,
+                 py::module_::import("numpy").attr("asarray")(object, py::arg("dtype") = like));
+  return input(operation, argument, object);
+}
+
+py::array output(const char* operation, py::handle out, const py::array& like) {
+  if (out.is_none()) return new_array(like.dtype(), shape_of(like));
+  if (!py::isinstance<py::array>(out))
+    throw py::type_error(where(operation, "out") + "expected a NumPy array, got " + type_name(out));
+  auto array = py::reinterpret_borrow<py::array>(out);
+  if (!known(array.dtype()))
+    throw py::type_error(where(operation, "out") + "expected dtype " + dtype_name(like.dtype()) +
+                         ", got " + dtype_name(array.dtype()));
+  if (!array.writeable())
+    throw py::value_error(where(operation, "out") + "expected a writable array, got a read-only one");
+  if (!is_usable(array))
+    throw py::value_error(where(operation, "out") +
+                          "expected a C-contiguous, aligned array of native byte order");
+  return array;
+}
+
+py::array new_array(const py::dtype& dtype, const Shape& shape) { return py::array(dtype, shape); }
+
+Array view(const py::array& array) {
+  // Inputs are never written; outputs have been checked to be writable.
+  return {const_cast<void*>(array.data()), *known(array.dtype()), shape_of(array)};
+}
+
+Array view(const OptionalArray& array) { return array ? view(*array) : Array(); }
+
+std::int64_t copy_count() { return copies; }
+
+double number(const char* operation, const char* argument, py::handle object) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    throw py::type_error(where(operation, argument) + "expected a number, got " +
+                         type_name(object));
+  }
+  return value;
+}
+
+std::int64_t integer(const char* operation, const char* argument, py::handle object) {
+  const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
+  if (!index) {
+    PyErr_Clear();
+    throw py::type_error(where(operation, argument) + "expected an integer, got " +
+                         type_name(object));
+  }
+  const long long value = PyLong_AsLongLong(index.ptr());
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    throw py::value_error(where(operation, argument) + "out of range: " +
+                          py::str(index).cast<std::string>());
+  }
+  return value;
+}
+
+std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+}  // namespace bnext::bind

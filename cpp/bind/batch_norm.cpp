@@ -1,0 +1,398 @@
+#include "bnext/batch_norm.hpp"
+
+#include <cmath>
+
+#include "bind/arrays.hpp"
+#include "core/check.hpp"
+#include "core/lists.hpp"
+
+namespace bnext::bind {
+namespace {
+
+const char* activation_name(Activation activation) {
+  switch (activation) {
+#define BNEXT_CASE(name) \
+  case Activation::name: \
+    return #name;
+    BNEXT_EPILOGUES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  return "?";
+}
+
+Activation activation_of(const char* operation, py::handle object) {
+  if (object.is_none()) return Activation::none;
+  std::string names = "None";
+  const std::string given = py::str(object).cast<std::string>();
+#define BNEXT_MATCH(name)                                        \
+  if (Activation::name != Activation::none) {                    \
+    if (given == #name) return Activation::name;                 \
+    names += std::string(", '") + #name + "'";                   \
+  }
+  BNEXT_EPILOGUES(BNEXT_MATCH)
+#undef BNEXT_MATCH
+  const std::string message = std::string(operation) + ": activation: expected one of " + names +
+                              ", got " + py::repr(object).cast<std::string>();
+  if (!py::isinstance<py::str>(object)) throw py::type_error(message);
+  throw py::value_error(message);
+}
+
+OptionalArray copy(const OptionalArray& array) {
+  if (!array) return std::nullopt;
+  return py::array(array->attr("copy")());
+}
+
+// What backward needs. x is borrowed, not copied. The statistics are float64, since float32 cannot
+// hold the mean of data with a large offset; Python sees them in the dtype of x.
+struct BatchNormSaved {
+  py::array x;
+  OptionalArray weight, bias;
+  py::array mean, var, inv_std;
+  int channel_axis;
+  Activation activation;
+  double negative_slope;
+  bool batch_statistics;
+  bool x_overwritten;
+
+  std::int64_t count() const {
+    const std::int64_t channels = mean.size();
+    return channels ? x.size() / channels : 0;
+  }
+  py::object in_dtype_of_x(const py::array& statistic) const {
+    return statistic.attr("astype")(x.dtype());
+  }
+};
+
+struct BatchNormGrads {
+  py::array x;
+  py::object weight, bias;
+};
+
+// The arguments that all three operations share.
+struct Options {
+  int channel_axis;
+  Activation activation;
+  double negative_slope;
+
+  Options(const char* operation, py::handle axis, py::handle name, py::handle slope)
+      : channel_axis(to_axis(operation, axis)),
+        activation(activation_of(operation, name)),
+        negative_slope(number(operation, "negative_slope", slope)) {}
+
+ private:
+  static int to_axis(const char* operation, py::handle axis) {
+    const std::int64_t value = integer(operation, "channel_axis", axis);
+    return value == 1 || value == -1 ? static_cast<int>(value) : 0;  // 0: the core says what is wrong
+  }
+};
+
+// Number of channels, before anything has been checked: for the outputs that are made here.
+std::int64_t channels_of(const py::array& x, int channel_axis) {
+  return x.ndim() < 2 ? 0 : x.shape(channel_axis == -1 ? x.ndim() - 1 : 1);
+}
+
+py::tuple forward(py::handle x, py::handle weight, py::handle bias, py::handle eps,
+                  py::handle channel_axis, py::handle activation, py::handle negative_slope,
+                  py::handle out) {
+  constexpr const char* operation = "batch_norm_forward";
+  const Options options(operation, channel_axis, activation, negative_slope);
+  const py::array from = input(operation, "x", x);
+  const OptionalArray w = per_channel(operation, "weight", weight, from.dtype());
+  const OptionalArray b = per_channel(operation, "bias", bias, from.dtype());
+  const double epsilon = number(operation, "eps", eps);
+  const py::array y = output(operation, out, from);
+
+  const Shape channels{channels_of(from, options.channel_axis)};
+  const py::dtype float64 = py::dtype::of<double>();
+  BatchNormSaved saved{from,
+                       copy(w),
+                       copy(b),
+                       new_array(float64, channels),
+                       new_array(float64, channels),
+                       new_array(float64, channels),
+                       options.channel_axis,
+                       options.activation,
+                       options.negative_slope,
+                       true,
+                       y.data() == from.data()};
+  BatchNormForward args;
+  args.x = view(from);
+  args.weight = view(w);
+  args.bias = view(b);
+  args.eps = epsilon;
+  args.channel_axis = options.channel_axis;
+  args.activation = options.activation;
+  args.negative_slope = options.negative_slope;
+  args.y = view(y);
+  args.mean = view(saved.mean);
+  args.var = view(saved.var);
+  args.inv_std = view(saved.inv_std);
+  {
+    const py::gil_scoped_release release;
+    batch_norm_forward(args);
+  }
+  return py::make_tuple(y, std::move(saved));
+}
+
+BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
+  constexpr const char* operation = "batch_norm_backward";
+  if (!py::isinstance<BatchNormSaved>(saved))
+    throw py::type_error(std::string(operation) +
+                         ": saved: expected what batch_norm_forward returned, got " +
+                         type_name(saved));
+  const auto& s = saved.cast<const BatchNormSaved&>();
+  if (s.x_overwritten)
+    throw py::value_error(std::string(operation) +
+                          ": saved: x was overwritten, since forward ran with out=x; backward "
+                          "needs x");
+  const py::array g = input(operation, "grad_y", grad_y);
+  const py::array grad_x = output(operation, out, s.x);
+  OptionalArray grad_weight, grad_bias;
+  if (s.weight) grad_weight = new_array(s.x.dtype(), {s.mean.size()});
+  if (s.bias) grad_bias = new_array(s.x.dtype(), {s.mean.size()});
+
+  BatchNormBackward args;
+  args.grad_y = view(g);
+  args.x = view(s.x);
+  args.weight = view(s.weight);
+  args.bias = view(s.bias);
+  args.mean = view(s.mean);
+  args.inv_std = view(s.inv_std);
+  args.channel_axis = s.channel_axis;
+  args.activation = s.activation;
+  args.negative_slope = s.negative_slope;
+  args.batch_statistics = s.batch_statistics;
+  args.grad_x = view(grad_x);
+  args.grad_weight = view(grad_weight);
+  args.grad_bias = view(grad_bias);
+  {
+    const py::gil_scoped_release release;
+    batch_norm_backward(args);
+  }
+  const auto or_none = [](const OptionalArray& array) {
+    return array ? py::object(*array) : py::object(py::none());
+  };
+  return {grad_x, or_none(grad_weight), or_none(grad_bias)};
+}
+
+// Inference, and what backward would need through it: the statistics are constants there.
+py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, py::handle var,
+                          py::handle weight, py::handle bias, py::handle eps,
+                          py::handle channel_axis, py::handle activation,
+                          py::handle negative_slope, py::handle out, bool keep) {
+  const Options options(operation, channel_axis, activation, negative_slope);
+  const py::array from = input(operation, "x", x);
+  const auto channel = [&](const char* argument, py::handle object) {
+    return per_channel(operation, argument, object, from.dtype());
+  };
+  const OptionalArray m = channel("mean", mean), v = channel("var", var);
+  const OptionalArray w = channel("weight", weight), b = channel("bias", bias);
+  BatchNormInference args;
+  args.x = view(from);
+  args.mean = view(m);
+  args.var = view(v);
+  args.weight = view(w);
+  args.bias = view(b);
+  args.eps = number(operation, "eps", eps);
+  args.channel_axis = options.channel_axis;
+  args.activation = options.activation;
+  args.negative_slope = options.negative_slope;
+  const py::array y = output(operation, out, from);
+  args.y = view(y);
+  {
+    const py::gil_scoped_release release;
+    batch_norm_inference(args);
+  }
+  if (!keep) return py::make_tuple(y);
+
+  const py::array_t<double> mean64(*m), var64(*v);
+  py::array_t<double> inv_std(mean64.size());
+  for (py::ssize_t c = 0; c < inv_std.size(); ++c)
+    inv_std.mutable_at(c) = 1 / std::sqrt(var64.at(c) + args.eps);
+  return py::make_tuple(
+      y, BatchNormSaved{from, copy(w), copy(b), mean64.attr("copy")(), var64.attr("copy")(),
+                        inv_std, options.channel_axis, options.activation, options.negative_slope,
+                        false, y.data() == from.data()});
+}
+
+py::object inference(py::handle x, py::handle mean, py::handle var, py::handle weight,
+                     py::handle bias, py::handle eps, py::handle channel_axis,
+                     py::handle activation, py::handle negative_slope, py::handle out) {
+  return inference_saved("batch_norm_inference", x, mean, var, weight, bias, eps, channel_axis,
+                         activation, negative_slope, out, false)[0];
+}
+
+py::tuple inference_forward(py::handle x, py::handle mean, py::handle var, py::handle weight,
+                            py::handle bias, py::handle eps, py::handle channel_axis,
+                            py::handle activation, py::handle negative_slope, py::handle out) {
+  return inference_saved("batch_norm_inference", x, mean, var, weight, bias, eps, channel_axis,
+                         activation, negative_slope, out, true);
+}
+
+}  // namespace
+}  // namespace bnext::bind
+
+void bind_batch_norm(pybind11::module_& m) {
+  namespace py = pybind11;
+  using namespace py::literals;
+  using namespace bnext::bind;
+
+  py::class_<BatchNormSaved>(m, "BatchNormSaved", R"(What `batch_norm_backward` needs.
+
+Attributes
+----------
+mean, var, inv_std : ndarray (C,), dtype of x
+    Of this batch; `var` is the biased variance, `inv_std` is 1 / sqrt(var + eps). Backward
+    itself uses them in float64.
+count : int
+    Number of values per channel.
+
+Notes
+-----
+`x` is borrowed: do not change it before backward.)")
+      .def_property_readonly("mean",
+                             [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.mean); })
+      .def_property_readonly("var", [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.var); })
+      .def_property_readonly("inv_std",
+                             [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.inv_std); })
+      .def_property_readonly("count", &BatchNormSaved::count)
+      .def("__repr__", [](const BatchNormSaved& s) {
+        return "BatchNormSaved(channels=" + std::to_string(s.mean.size()) +
+               ", count=" + std::to_string(s.count()) +
+               ", dtype=" + py::str(s.x.dtype()).cast<std::string>() +
+               ", activation=" + activation_name(s.activation) + ")";
+      });
+
+  py::class_<BatchNormGrads>(m, "BatchNormGrads", R"(Gradients of batch normalization.
+
+Attributes
+----------
+x : ndarray, like x
+weight, bias : ndarray (C,) or None
+    None where forward had no such argument.)")
+      .def_readonly("x", &BatchNormGrads::x)
+      .def_readonly("weight", &BatchNormGrads::weight)
+      .def_readonly("bias", &BatchNormGrads::bias);
+
+  py::list activations;
+#define BNEXT_APPEND(name) activations.append(#name);
+  BNEXT_EPILOGUES(BNEXT_APPEND)
+#undef BNEXT_APPEND
+  activations[0] = py::none();
+  m.attr("activations") = py::tuple(activations);
+
+  const py::object none = py::none();
+
+  m.def("batch_norm_forward", forward, "x"_a, "weight"_a = none, "bias"_a = none, py::kw_only(),
+        "eps"_a = 1e-5, "channel_axis"_a = 1, "activation"_a = none, "negative_slope"_a = 0.01,
+        "out"_a = none,
+        R"(Normalize each channel by the mean and variance of this batch.
+
+y = activation((x - mean) / sqrt(var + eps) * weight + bias), with the biased variance.
+
+Parameters
+----------
+x : array_like, float32 or float64, (N, C, *) or, with channel_axis -1, (N, *, C)
+weight, bias : array_like (C,), dtype of x, optional
+    1 and 0 if not given.
+eps : float, default 1e-5
+    Finite, not negative.
+channel_axis : 1 or -1, default 1
+activation : None, "relu" or "leaky_relu"
+    Applied in the same pass over memory.
+negative_slope : float, default 0.01
+    Of leaky_relu.
+out : ndarray, optional
+    Where to write, of x's shape and dtype. May be `x` itself; backward is then impossible.
+
+Returns
+-------
+y : ndarray, like x
+saved : BatchNormSaved
+    For `batch_norm_backward`; also ``mean``, ``var``, ``inv_std``, ``count``.
+
+Raises
+------
+ValueError
+    For shapes and values, and if a channel has one value only. Nothing has been written then.
+TypeError
+    For other dtypes and kinds of arguments.
+
+Notes
+-----
+Statistics accumulate in float64. Results are the same to the bit for any number of threads.
+
+References
+----------
+Ioffe & Szegedy, "Batch normalization", arXiv:1502.03167.
+
+Examples
+--------
+>>> import numpy as np, bnext
+>>> x = np.random.default_rng(0).normal(5, 3, (8, 4, 6, 6)).astype(np.float32)
+>>> y, saved = bnext.functional.batch_norm_forward(x)
+>>> bool(abs(y.mean()) < 1e-6 and abs(y.std() - 1) < 1e-5), saved.count
+(True, 288))");
+
+  m.def("batch_norm_backward", backward, "grad_y"_a, "saved"_a, py::kw_only(), "out"_a = none,
+        R"(Gradients of `batch_norm_forward`, through the activation and the statistics.
+
+With g the gradient before the activation, n the normalized x, r = 1 / sqrt(var + eps) and <.> the
+mean over a channel: bias' = sum g, weight' = sum g n, x' = weight r (g - <g> - n <g n>).
+
+Parameters
+----------
+grad_y : array_like, like x
+saved : BatchNormSaved
+    From forward; x must not have changed since.
+out : ndarray, optional
+    Where to write the gradient of x; may be `grad_y` or `x` itself.
+
+Returns
+-------
+grads : BatchNormGrads
+    ``x``, ``weight``, ``bias``; the last two None where forward had none.
+
+Raises
+------
+ValueError, TypeError
+    As `batch_norm_forward`; also if forward ran in place.)");
+
+  m.def("batch_norm_inference", inference, "x"_a, "mean"_a, "var"_a, "weight"_a = none,
+        "bias"_a = none, py::kw_only(), "eps"_a = 1e-5, "channel_axis"_a = 1,
+        "activation"_a = none, "negative_slope"_a = 0.01, "out"_a = none,
+        R"(Normalize each channel by given statistics.
+
+y = activation((x - mean) / sqrt(var + eps) * weight + bias)
+
+Parameters
+----------
+x : array_like, float32 or float64, (N, C, *) or, with channel_axis -1, (N, *, C)
+mean, var : array_like (C,), dtype of x
+    `var` is not negative. Where var and eps are both 0 the result is that of IEEE arithmetic.
+weight, bias, eps, channel_axis, activation, negative_slope, out
+    As `batch_norm_forward`.
+
+Returns
+-------
+y : ndarray, like x
+
+Raises
+------
+ValueError, TypeError
+    As `batch_norm_forward`; one value per channel is fine here.
+
+Examples
+--------
+>>> import numpy as np, bnext
+>>> x = np.ones((2, 3), np.float32)
+>>> bnext.functional.batch_norm_inference(x, [1, 0, 0], [1, 1, 4], eps=0)
+array([[0. , 1. , 0.5],
+       [0. , 1. , 0.5]], dtype=float32))");
+
+  m.def("batch_norm_inference_forward", inference_forward, "x"_a, "mean"_a, "var"_a,
+        "weight"_a = none, "bias"_a = none, py::kw_only(), "eps"_a = 1e-5, "channel_axis"_a = 1,
+        "activation"_a = none, "negative_slope"_a = 0.01, "out"_a = none,
+        "batch_norm_inference, with what backward needs: (y, saved). The statistics are "
+        "constants, so no gradient goes through them.");
+}

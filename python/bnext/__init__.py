@@ -1,0 +1,48 @@
+"""Fast, exact and well understood Batch Normalization and Dropout.
+
+>>> import numpy as np, bnext
+>>> from bnext import functional as F
+>>> x = np.random.default_rng(0).normal(size=(32, 16, 8, 8)).astype(np.float32)
+>>> y, saved = F.batch_norm_forward(x, np.ones(16, np.float32), np.zeros(16, np.float32))
+>>> grads = F.batch_norm_backward(np.ones_like(y), saved)
+>>> grads.x.shape, grads.weight.shape
+((32, 16, 8, 8), (16,))
+"""
+
+from __future__ import annotations
+
+import os
+
+from bnext import _core, functional, nn
+from bnext._core import __version__, get_num_threads, set_num_threads
+from bnext.random import Generator, manual_seed
+
+__all__ = [
+    "Generator",
+    "__version__",
+    "functional",
+    "get_num_threads",
+    "manual_seed",
+    "nn",
+    "set_num_threads",
+    "show_config",
+]
+
+
+def show_config() -> None:
+    """Print the version, the backends compiled and in use, the threads and OpenMP."""
+    in_use = _core.backend()
+    backends = [
+        name + (" (in use)" if name == in_use else "" if available else " (not on this processor)")
+        for name, available in _core.backends()
+    ]
+    print(f"bnext     {__version__}")
+    print(f"backends  {', '.join(backends)}")
+    print(f"threads   {get_num_threads()}")
+    print(f"OpenMP    {'yes' if _core.has_openmp() else 'no'}")
+    print("CUDA      not compiled")
+
+
+# A child of fork has none of its parent's worker threads, and would wait for them.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_core.pause_threads)
