@@ -1,6 +1,7 @@
 #include "bind/arrays.hpp"
 
 #include <atomic>
+#include <limits>
 
 #include "core/check.hpp"
 #include "core/lists.hpp"
@@ -14,7 +15,9 @@ std::string where(const char* operation, const char* argument) {
   return std::string(operation) + ": " + argument + ": ";
 }
 
-std::string dtype_name(const py::dtype& dtype) { return py::str(dtype).cast<std::string>(); }
+std::string dtype_name(const py::dtype& dtype) {
+  return py::str(dtype).cast<std::string>();
+}
 
 std::optional<DType> known(const py::dtype& dtype) {
 #define BNEXT_MATCH(name, type) \
@@ -24,11 +27,13 @@ std::optional<DType> known(const py::dtype& dtype) {
   return std::nullopt;
 }
 
-bool is_native(const py::dtype& dtype) { return dtype.byteorder() == '='; }
+bool is_native(const py::dtype& dtype) {
+  return dtype.byteorder() == '=';
+}
 
 bool is_usable(const py::array& array) {
-  constexpr int needed = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ |
-                         py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  constexpr int needed =
+      py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   return (array.flags() & needed) == needed && is_native(array.dtype());
 }
 
@@ -62,8 +67,8 @@ py::array input(const char* operation, const char* argument, py::handle object) 
     refuse_masked(operation, argument, object);
   py::array array = py::module_::import("numpy").attr("asarray")(object);
   if (!known(array.dtype()))
-    throw py::type_error(where(operation, argument) + "expected dtype " + dtype_names() +
-                         ", got " + dtype_name(array.dtype()));
+    throw py::type_error(where(operation, argument) + "expected dtype " + dtype_names() + ", got " +
+                         dtype_name(array.dtype()));
   if (is_usable(array)) return array;
   if (plain) ++copies;
   const py::object native = array.dtype().attr("newbyteorder")("=");
@@ -88,23 +93,30 @@ py::array output(const char* operation, py::handle out, const py::array& like) {
     throw py::type_error(where(operation, "out") + "expected dtype " + dtype_name(like.dtype()) +
                          ", got " + dtype_name(array.dtype()));
   if (!array.writeable())
-    throw py::value_error(where(operation, "out") + "expected a writable array, got a read-only one");
+    throw py::value_error(where(operation, "out") +
+                          "expected a writable array, got a read-only one");
   if (!is_usable(array))
     throw py::value_error(where(operation, "out") +
                           "expected a C-contiguous, aligned array of native byte order");
   return array;
 }
 
-py::array new_array(const py::dtype& dtype, const Shape& shape) { return py::array(dtype, shape); }
+py::array new_array(const py::dtype& dtype, const Shape& shape) {
+  return py::array(dtype, shape);
+}
 
 Array view(const py::array& array) {
   // Inputs are never written; outputs have been checked to be writable.
   return {const_cast<void*>(array.data()), *known(array.dtype()), shape_of(array)};
 }
 
-Array view(const OptionalArray& array) { return array ? view(*array) : Array(); }
+Array view(const OptionalArray& array) {
+  return array ? view(*array) : Array();
+}
 
-std::int64_t copy_count() { return copies; }
+std::int64_t copy_count() {
+  return copies;
+}
 
 double number(const char* operation, const char* argument, py::handle object) {
   const double value = PyFloat_AsDouble(object.ptr());
@@ -116,22 +128,26 @@ double number(const char* operation, const char* argument, py::handle object) {
   return value;
 }
 
-std::int64_t integer(const char* operation, const char* argument, py::handle object) {
+int integer(const char* operation, const char* argument, py::handle object) {
   const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
   if (!index) {
     PyErr_Clear();
     throw py::type_error(where(operation, argument) + "expected an integer, got " +
                          type_name(object));
   }
-  const long long value = PyLong_AsLongLong(index.ptr());
-  if (value == -1 && PyErr_Occurred()) {
+  const long value = PyLong_AsLong(index.ptr());
+  const bool overflow = value == -1 && PyErr_Occurred();
+  if (overflow || value < std::numeric_limits<int>::min() ||
+      value > std::numeric_limits<int>::max()) {
     PyErr_Clear();
-    throw py::value_error(where(operation, argument) + "out of range: " +
-                          py::str(index).cast<std::string>());
+    throw py::value_error(where(operation, argument) +
+                          "out of range: " + py::str(index).cast<std::string>());
   }
-  return value;
+  return static_cast<int>(value);
 }
 
-std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+std::string type_name(py::handle object) {
+  return Py_TYPE(object.ptr())->tp_name;
+}
 
 }  // namespace bnext::bind

@@ -41,7 +41,8 @@ std::int64_t copy_count();
 
 // Numbers, with an error that names operation and argument.
 double number(const char* operation, const char* argument, py::handle object);
-std::int64_t integer(const char* operation, const char* argument, py::handle object);
+// Of the size of a C++ int.
+int integer(const char* operation, const char* argument, py::handle object);
 
 // The type's name, for messages.
 std::string type_name(py::handle object);

@@ -24,10 +24,10 @@ Activation activation_of(const char* operation, py::handle object) {
   if (object.is_none()) return Activation::none;
   std::string names = "None";
   const std::string given = py::str(object).cast<std::string>();
-#define BNEXT_MATCH(name)                                        \
-  if (Activation::name != Activation::none) {                    \
-    if (given == #name) return Activation::name;                 \
-    names += std::string(", '") + #name + "'";                   \
+#define BNEXT_MATCH(name)                        \
+  if (Activation::name != Activation::none) {    \
+    if (given == #name) return Activation::name; \
+    names += std::string(", '") + #name + "'";   \
   }
   BNEXT_EPILOGUES(BNEXT_MATCH)
 #undef BNEXT_MATCH
@@ -75,15 +75,9 @@ struct Options {
   double negative_slope;
 
   Options(const char* operation, py::handle axis, py::handle name, py::handle slope)
-      : channel_axis(to_axis(operation, axis)),
+      : channel_axis(integer(operation, "channel_axis", axis)),
         activation(activation_of(operation, name)),
         negative_slope(number(operation, "negative_slope", slope)) {}
-
- private:
-  static int to_axis(const char* operation, py::handle axis) {
-    const std::int64_t value = integer(operation, "channel_axis", axis);
-    return value == 1 || value == -1 ? static_cast<int>(value) : 0;  // 0: the core says what is wrong
-  }
 };
 
 // Number of channels, before anything has been checked: for the outputs that are made here.
@@ -178,8 +172,8 @@ BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
 // Inference, and what backward would need through it: the statistics are constants there.
 py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, py::handle var,
                           py::handle weight, py::handle bias, py::handle eps,
-                          py::handle channel_axis, py::handle activation,
-                          py::handle negative_slope, py::handle out, bool keep) {
+                          py::handle channel_axis, py::handle activation, py::handle negative_slope,
+                          py::handle out, bool keep) {
   const Options options(operation, channel_axis, activation, negative_slope);
   const py::array from = input(operation, "x", x);
   const auto channel = [&](const char* argument, py::handle object) {
@@ -359,8 +353,8 @@ ValueError, TypeError
     As `batch_norm_forward`; also if forward ran in place.)");
 
   m.def("batch_norm_inference", inference, "x"_a, "mean"_a, "var"_a, "weight"_a = none,
-        "bias"_a = none, py::kw_only(), "eps"_a = 1e-5, "channel_axis"_a = 1,
-        "activation"_a = none, "negative_slope"_a = 0.01, "out"_a = none,
+        "bias"_a = none, py::kw_only(), "eps"_a = 1e-5, "channel_axis"_a = 1, "activation"_a = none,
+        "negative_slope"_a = 0.01, "out"_a = none,
         R"(Normalize each channel by given statistics.
 
 y = activation((x - mean) / sqrt(var + eps) * weight + bias)

@@ -21,8 +21,8 @@ py::tuple forward(py::handle x, py::handle p, py::handle generator, py::handle o
   else if (py::isinstance<Generator>(generator))
     source = generator.cast<decltype(source)>();
   else
-    throw py::type_error(std::string(operation) +
-                         ": generator: expected a bnext.Generator, got " + type_name(generator));
+    throw py::type_error(std::string(operation) + ": generator: expected a bnext.Generator, got " +
+                         type_name(generator));
   const py::array from = input(operation, "x", x);
   DropoutForward args;
   args.x = view(from);

@@ -16,8 +16,8 @@ namespace {
 
 using Index = py::array_t<std::int32_t, 0>;
 
-Window pooling_window(const std::string& operation, const Images& images,
-                             const Pair& kernel, const Pair& stride, const Pair& padding) {
+Window pooling_window(const std::string& operation, const Images& images, const Pair& kernel,
+                      const Pair& stride, const Pair& padding) {
   const Window window = make_window(operation, kernel, stride, padding, {1, 1});
   // Then no window lies in the padding alone.
   for (const std::size_t axis : {0, 1})
@@ -31,8 +31,8 @@ Window pooling_window(const std::string& operation, const Images& images,
 // `array` must be contiguous and have one element for each window.
 void check_outputs(const std::string& operation, const char* name, const py::array& array,
                    const Images& images, const Window& window) {
-  const std::int64_t size = images.samples * images.channels *
-                            window.positions(0, images.height) * window.positions(1, images.width);
+  const std::int64_t size = images.samples * images.channels * window.positions(0, images.height) *
+                            window.positions(1, images.width);
   if (!(array.flags() & py::array::c_style) || array.size() != size)
     throw py::value_error(operation + ": " + name + ": expected " + std::to_string(size) +
                           " contiguous elements, got " + std::to_string(array.size()));

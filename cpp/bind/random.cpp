@@ -1,9 +1,9 @@
 #include "bnext/random.hpp"
 
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <string>
-
-#include <pybind11/stl.h>
 
 #include "bind/arrays.hpp"
 
@@ -72,8 +72,9 @@ Notes
 Each call of an operation takes one offset, whatever the size of its array, and the bits of
 element i follow from (seed, offset, i) alone. Threads may share a generator: no two calls get
 the same offset.)")
-      .def(py::init([](py::handle seed) { return std::make_shared<Generator>(word("seed", seed)); }),
-           py::arg("seed"))
+      .def(
+          py::init([](py::handle seed) { return std::make_shared<Generator>(word("seed", seed)); }),
+          py::arg("seed"))
       .def_property("state", get_state, set_state)
       .def("__repr__",
            [](const Generator& generator) {

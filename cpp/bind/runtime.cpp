@@ -1,7 +1,5 @@
 #include "bnext/runtime.hpp"
 
-#include <limits>
-
 #include "bind/arrays.hpp"
 
 namespace bnext::bind {
@@ -9,16 +7,12 @@ namespace {
 
 py::list list_backends() {
   py::list list;
-  for (const BackendInfo& info : backends())
-    list.append(py::make_tuple(info.name, info.available));
+  for (const BackendInfo& info : backends()) list.append(py::make_tuple(info.name, info.available));
   return list;
 }
 
 void set_threads(py::handle n) {
-  const std::int64_t value = integer("set_num_threads", "n", n);
-  if (value > std::numeric_limits<int>::max())
-    throw py::value_error("set_num_threads: n: out of range: " + std::to_string(value));
-  set_num_threads(static_cast<int>(value));
+  set_num_threads(integer("set_num_threads", "n", n));
 }
 
 }  // namespace

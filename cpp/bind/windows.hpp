@@ -16,7 +16,7 @@ using Pair = std::array<std::int64_t, 2>;
 inline Images view_images(const std::string& operation, const py::array& x) {
   if (x.ndim() != 4)
     throw py::value_error(operation + ": x: expected (N, C, H, W), got " +
-                                std::to_string(x.ndim()) + " dimensions");
+                          std::to_string(x.ndim()) + " dimensions");
   // NumPy leaves the stride of a dimension of size 1 undefined.
   const py::ssize_t item = x.itemsize();
   py::ssize_t expected = item;
@@ -30,13 +30,13 @@ inline Images view_images(const std::string& operation, const py::array& x) {
   return {x.shape(0), x.shape(1), x.shape(2), x.shape(3), x.strides(0) / item};
 }
 
-inline Window make_window(const std::string& operation, const Pair& kernel,
-                                 const Pair& stride, const Pair& padding, const Pair& dilation) {
+inline Window make_window(const std::string& operation, const Pair& kernel, const Pair& stride,
+                          const Pair& padding, const Pair& dilation) {
   for (const std::size_t axis : {0, 1})
     if (kernel[axis] < 1 || stride[axis] < 1 || padding[axis] < 0 || dilation[axis] < 1)
       throw py::value_error(operation +
-                                  ": window: expected kernel, stride and dilation >= 1 and "
-                                  "padding >= 0");
+                            ": window: expected kernel, stride and dilation >= 1 and "
+                            "padding >= 0");
   return {{kernel[0], kernel[1]},
           {stride[0], stride[1]},
           {padding[0], padding[1]},

@@ -28,14 +28,17 @@ bool has_negative(const Array& a) {
   return std::any_of(begin, begin + a.size(), [](T value) { return value < 0; });
 }
 
-const void* optional(const Array& a) { return a.given ? a.data : nullptr; }
+const void* optional(const Array& a) {
+  return a.given ? a.data : nullptr;
+}
 
-std::size_t row(DType dtype) { return static_cast<std::size_t>(dtype); }
+std::size_t row(DType dtype) {
+  return static_cast<std::size_t>(dtype);
+}
 
 void check_dropout(const Check& check, const char* in_name, const Array& in, double p,
                    const Array& out) {
-  if (!(p >= 0 && p <= 1))
-    check.fail("p", "expected a probability in [0, 1], got " + std::to_string(p));
+  if (!(p >= 0 && p <= 1)) check.fail("p", "expected a probability in [0, 1], got " + to_string(p));
   check.same_kind(in_name, in, in);
   check.same_kind("out", out, in);
   check.no_overlap("out", out, in_name, in, true);
@@ -45,8 +48,7 @@ void check_dropout(const Check& check, const char* in_name, const Array& in, dou
 void run_dropout(const Array& in, double p, const DropoutDraw& draw, const Array& out) {
   if (in.size() == 0) return;
   if (p == 0) {
-    if (out.data != in.data)
-      std::memcpy(out.data, in.data, static_cast<std::size_t>(in.bytes()));
+    if (out.data != in.data) std::memcpy(out.data, in.data, static_cast<std::size_t>(in.bytes()));
     return;
   }
   const auto threshold = static_cast<std::uint64_t>(std::llround(std::ldexp(p, 32)));
@@ -130,10 +132,10 @@ void batch_norm_inference(const BatchNormInference& a) {
     check.fail("var", "expected no negative variance");
   check.same_kind("out", a.y, a.x);
   check.no_overlap("out", a.y, "x", a.x, true);
-  for (const auto& [name, parameter] :
-       {std::pair<const char*, const Array&>{"mean", a.mean}, {"var", a.var},
-        {"weight", a.weight}, {"bias", a.bias}})
-    check.no_overlap("out", a.y, name, parameter, false);
+  check.no_overlap("out", a.y, "mean", a.mean, false);
+  check.no_overlap("out", a.y, "var", a.var, false);
+  check.no_overlap("out", a.y, "weight", a.weight, false);
+  check.no_overlap("out", a.y, "bias", a.bias, false);
 
   if (problem.size() == 0) return;
   current_backend().batch_norm_inference[row(a.x.dtype)](

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <sstream>
 
 #include "core/lists.hpp"
 
@@ -9,9 +10,14 @@ namespace bnext {
 
 std::string to_string(const Shape& shape) {
   std::string text = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i)
-    text += (i ? ", " : "") + std::to_string(shape[i]);
+  for (std::size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+std::string to_string(double value) {
+  std::ostringstream text;
+  text << value;
+  return text.str();
 }
 
 const char* to_string(DType dtype) {
@@ -42,7 +48,9 @@ std::int64_t Array::size() const {
   return product;
 }
 
-std::int64_t Array::bytes() const { return size() * dtype_size(dtype); }
+std::int64_t Array::bytes() const {
+  return size() * dtype_size(dtype);
+}
 
 void Check::fail(const char* argument, const std::string& message) const {
   throw std::invalid_argument(std::string(operation_) + ": " + argument + ": " + message);
@@ -62,8 +70,8 @@ Problem Check::problem(const Array& x, int channel_axis) const {
   usable("x", x);
   const auto rank = static_cast<int>(x.shape.size());
   if (rank < 2)
-    fail("x", "expected 2 or more dimensions, (N, C, *) or (N, *, C), got shape " +
-                  to_string(x.shape));
+    fail("x",
+         "expected 2 or more dimensions, (N, C, *) or (N, *, C), got shape " + to_string(x.shape));
   // The last axis may also be called by its positive number where that is 1.
   if (channel_axis != 1 && channel_axis != -1)
     fail("channel_axis", "expected 1 or -1, got " + std::to_string(channel_axis));
@@ -101,16 +109,16 @@ void Check::optional_per_channel(const char* argument, const Array& a, std::int6
 
 void Check::eps(double eps) const {
   if (!(eps >= 0) || std::isinf(eps))
-    fail("eps", "expected a finite number that is not negative, got " + std::to_string(eps));
+    fail("eps", "expected a finite number that is not negative, got " + to_string(eps));
 }
 
 void Check::slope(double negative_slope) const {
   if (!std::isfinite(negative_slope))
-    fail("negative_slope", "expected a finite number, got " + std::to_string(negative_slope));
+    fail("negative_slope", "expected a finite number, got " + to_string(negative_slope));
 }
 
-void Check::no_overlap(const char* out_name, const Array& out, const char* in_name,
-                       const Array& in, bool may_be_same) const {
+void Check::no_overlap(const char* out_name, const Array& out, const char* in_name, const Array& in,
+                       bool may_be_same) const {
   if (!out.given || !in.given || out.bytes() == 0 || in.bytes() == 0) return;
   const auto out_begin = reinterpret_cast<std::uintptr_t>(out.data);
   const auto in_begin = reinterpret_cast<std::uintptr_t>(in.data);

@@ -10,6 +10,7 @@ namespace bnext {
 
 std::string to_string(const Shape& shape);
 const char* to_string(DType dtype);
+std::string to_string(double value);
 std::int64_t dtype_size(DType dtype);
 
 // Checks for one operation, whose name starts every message.

@@ -71,10 +71,16 @@ std::vector<BackendInfo> backends() {
   return list;
 }
 
-std::string backend() { return current_backend().name; }
+std::string backend() {
+  return current_backend().name;
+}
 
-void set_backend(const std::string& name) { current.store(find(name), std::memory_order_release); }
+void set_backend(const std::string& name) {
+  current.store(find(name), std::memory_order_release);
+}
 
-std::string version() { return BNEXT_VERSION; }
+std::string version() {
+  return BNEXT_VERSION;
+}
 
 }  // namespace bnext

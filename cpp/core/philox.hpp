@@ -57,8 +57,8 @@ BNEXT_HD static inline std::uint32_t mask_half(std::uint64_t seed, std::uint64_t
                                                std::uint64_t index, bool second) {
   const std::uint64_t span = index / MaskLayout::span;
   const auto e = static_cast<std::uint32_t>(index % MaskLayout::span);
-  const PhiloxBlock block = mask_block(
-      seed, offset, span * MaskLayout::lanes + e % MaskLayout::lanes, second);
+  const PhiloxBlock block =
+      mask_block(seed, offset, span * MaskLayout::lanes + e % MaskLayout::lanes, second);
   const std::uint32_t word = block.word[e / MaskLayout::lanes % 4];
   return e >= MaskLayout::span / 2 ? word >> 16 : word & 0xFFFFu;
 }

@@ -26,8 +26,7 @@ Span span(const Window& window, int axis, int64_t position, int64_t size) {
 template <class Plane>
 void for_each_plane(const Images& images, const Window& window, Plane plane) {
   const int64_t size = images.height * images.width;
-  const int64_t positions =
-      window.positions(0, images.height) * window.positions(1, images.width);
+  const int64_t positions = window.positions(0, images.height) * window.positions(1, images.width);
   const int64_t planes = images.samples * images.channels;
   // Several planes a task: one alone may be too small to be worth handing out.
   const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, size));
@@ -82,8 +81,7 @@ template <class T>
 void max_pool_backward(const T* grad_y, const std::int32_t* index, const Images& images,
                        const Window& window, T* grad_x) {
   const int64_t size = images.height * images.width;
-  const int64_t positions =
-      window.positions(0, images.height) * window.positions(1, images.width);
+  const int64_t positions = window.positions(0, images.height) * window.positions(1, images.width);
   for_each_plane(images, window, [&](int64_t x_start, int64_t y_start) {
     T* const to = grad_x + x_start;
     std::fill(to, to + size, T(0));
@@ -121,11 +119,11 @@ void avg_pool_backward(const T* grad_y, const Images& images, const Window& wind
   });
 }
 
-#define BNEXT_INSTANTIATE(T)                                                                    \
-  template void max_pool(const T*, const Images&, const Window&, T*, std::int32_t*);            \
-  template void max_pool_backward(const T*, const std::int32_t*, const Images&, const Window&,  \
-                                  T*);                                                          \
-  template void avg_pool(const T*, const Images&, const Window&, bool, T*);                     \
+#define BNEXT_INSTANTIATE(T)                                                                   \
+  template void max_pool(const T*, const Images&, const Window&, T*, std::int32_t*);           \
+  template void max_pool_backward(const T*, const std::int32_t*, const Images&, const Window&, \
+                                  T*);                                                         \
+  template void avg_pool(const T*, const Images&, const Window&, bool, T*);                    \
   template void avg_pool_backward(const T*, const Images&, const Window&, bool, T*);
 BNEXT_INSTANTIATE(float)
 BNEXT_INSTANTIATE(double)

@@ -203,8 +203,7 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
       squares[w] += a * a;
     }
   });
-  double sums[Grid::max_group_width], sumsqs[Grid::max_group_width],
-      centers[Grid::max_group_width];
+  double sums[Grid::max_group_width], sumsqs[Grid::max_group_width], centers[Grid::max_group_width];
   for (std::int64_t c = 0; c < columns.channels; ++c) sums[c] = sumsqs[c] = 0;
   for_each_column(grid, columns, [&](std::int64_t w, std::int64_t c) {
     sums[c] += total[w];
@@ -213,10 +212,8 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
   });
   // Values of one channel in this tile: a short last row has fewer.
   const std::int64_t rows = grid.chunk_end(chunk) - grid.chunk_begin(chunk);
-  const std::int64_t missing =
-      columns.width - row_width(grid, columns, grid.chunk_end(chunk) - 1);
-  const auto count =
-      static_cast<double>((rows * columns.width - missing) / columns.channels);
+  const std::int64_t missing = columns.width - row_width(grid, columns, grid.chunk_end(chunk) - 1);
+  const auto count = static_cast<double>((rows * columns.width - missing) / columns.channels);
   for (std::int64_t c = 0; c < columns.channels; ++c)
     partials[(columns.first_channel + c) * grid.chunks + chunk] =
         moments_from_shifted(count, centers[c], sums[c], sumsqs[c]);
@@ -329,23 +326,25 @@ template <class T, class Epilogue>
 void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
            const Affine<T>* forward, T slope, T* y) {
   (grid.columns ? apply_columns<T, Epilogue> : apply_rows<T, Epilogue>)(grid, group, chunk, x,
-                                                                       forward, slope, y);
+                                                                        forward, slope, y);
 }
 
 template <class T, class Epilogue>
 void grad_sums(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
                const T* x, const double* mean, const Affine<T>* forward, T slope,
                GradSums* partials) {
-  (grid.columns ? grad_sums_columns<T, Epilogue> : grad_sums_rows<T, Epilogue>)(
-      grid, group, chunk, grad_y, x, mean, forward, slope, partials);
+  (grid.columns ? grad_sums_columns<T, Epilogue>
+                : grad_sums_rows<T, Epilogue>)(grid, group, chunk, grad_y, x, mean, forward, slope,
+                                               partials);
 }
 
 template <class T, class Epilogue>
 void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
                 const T* x, const Affine<T>* forward, const GradAffine<T>* backward, T slope,
                 T* grad_x) {
-  (grid.columns ? apply_grad_columns<T, Epilogue> : apply_grad_rows<T, Epilogue>)(
-      grid, group, chunk, grad_y, x, forward, backward, slope, grad_x);
+  (grid.columns ? apply_grad_columns<T, Epilogue>
+                : apply_grad_rows<T, Epilogue>)(grid, group, chunk, grad_y, x, forward, backward,
+                                                slope, grad_x);
 }
 
 }  // namespace

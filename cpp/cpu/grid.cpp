@@ -12,7 +12,9 @@ constexpr std::int64_t chunk_area = 65536;    // of all columns of a group
 constexpr std::int64_t vector_width = 16;
 constexpr std::int64_t wide_enough = 64;  // columns that keep a loop over them busy
 
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
 
 }  // namespace
 
@@ -38,8 +40,7 @@ Grid make_grid(const Problem& p) {
     // Whole vectors, and enough of them.
     std::int64_t replicas = vector_width / std::gcd(p.c, vector_width);
     replicas *= divide_up(wide_enough, p.c * replicas);
-    if (p.c * replicas <= Grid::max_group_width)
-      grid.replicas = std::min(replicas, positions);
+    if (p.c * replicas <= Grid::max_group_width) grid.replicas = std::min(replicas, positions);
   }
   grid.rows = divide_up(positions, grid.replicas);
   grid.width = p.c * columns_per_channel * grid.replicas;
@@ -48,7 +49,8 @@ Grid make_grid(const Problem& p) {
   if (grid.replicas > 1) {
     grid.group_channels = p.c;
   } else {
-    const std::int64_t most = std::max<std::int64_t>(1, Grid::max_group_width / columns_per_channel);
+    const std::int64_t most =
+        std::max<std::int64_t>(1, Grid::max_group_width / columns_per_channel);
     grid.group_channels = divide_up(p.c, divide_up(p.c, most));
   }
   grid.groups = divide_up(p.c, grid.group_channels);

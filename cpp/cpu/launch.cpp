@@ -154,9 +154,8 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
         if (a.grad_bias != nullptr) static_cast<T*>(a.grad_bias)[c] = static_cast<T>(total.g);
         // Constant statistics pass no gradient on.
         const double share = a.batch_statistics ? 1 / count : 0;
-        backward[c] =
-            grad_normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
-                                  total.g * share, sum_gn * share);
+        backward[c] = grad_normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
+                                            total.g * share, sum_gn * share);
       },
       [&](std::int64_t group, std::int64_t chunk) {
         apply_grad(grid, group, chunk, grad_y, x, forward, backward, slope, grad_x);
@@ -192,10 +191,10 @@ void launch(const DropoutArgs& a, const Kernels<T>& kernels) {
   });
 }
 
-#define BNEXT_INSTANTIATE(name, T)                                         \
-  template void launch(const BatchNormForwardArgs&, const Kernels<T>&);    \
-  template void launch(const BatchNormBackwardArgs&, const Kernels<T>&);   \
-  template void launch(const BatchNormInferenceArgs&, const Kernels<T>&);  \
+#define BNEXT_INSTANTIATE(name, T)                                        \
+  template void launch(const BatchNormForwardArgs&, const Kernels<T>&);   \
+  template void launch(const BatchNormBackwardArgs&, const Kernels<T>&);  \
+  template void launch(const BatchNormInferenceArgs&, const Kernels<T>&); \
   template void launch(const DropoutArgs&, const Kernels<T>&);
 BNEXT_DTYPES(BNEXT_INSTANTIATE)
 #undef BNEXT_INSTANTIATE

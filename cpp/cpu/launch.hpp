@@ -29,8 +29,7 @@ struct Kernels {
                                 const Affine<T>* forward, T negative_slope, T* y);
   void (*grad_sums[epilogue_count])(const Grid&, std::int64_t group, std::int64_t chunk,
                                     const T* grad_y, const T* x, const double* mean,
-                                    const Affine<T>* forward, T negative_slope,
-                                    GradSums* partials);
+                                    const Affine<T>* forward, T negative_slope, GradSums* partials);
   void (*apply_grad[epilogue_count])(const Grid&, std::int64_t group, std::int64_t chunk,
                                      const T* grad_y, const T* x, const Affine<T>* forward,
                                      const GradAffine<T>* backward, T negative_slope, T* grad_x);

@@ -43,7 +43,9 @@ int default_threads() {
   return limit > 0 ? std::min(limit, processors) : processors;
 }
 #else
-int default_threads() { return 1; }
+int default_threads() {
+  return 1;
+}
 #endif
 
 std::atomic<int>& thread_count() {
@@ -53,7 +55,9 @@ std::atomic<int>& thread_count() {
 
 }  // namespace
 
-int num_threads() { return thread_count(); }
+int num_threads() {
+  return thread_count();
+}
 
 void set_num_threads(int n) {
   if (n < 1)

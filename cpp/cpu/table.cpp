@@ -1,6 +1,6 @@
 // The backend of one instruction set. CMake compiles this file once per bnext_isa row, with
-// BNEXT_ISA_ID and BNEXT_ISA_NAME set; everything but the table is internal, and nothing runs before
-// dispatch has asked whether the processor can.
+// BNEXT_ISA_ID and BNEXT_ISA_NAME set; everything but the table is internal, and nothing runs
+// before dispatch has asked whether the processor can.
 #include "core/dispatch.hpp"
 #include "cpu/batch_norm.hpp"
 #include "cpu/dropout.hpp"

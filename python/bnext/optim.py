@@ -268,7 +268,10 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         beta_1, beta_2 = betas
-        self._betas = self._checked("betas", beta_1, below=1), self._checked("betas", beta_2, below=1)
+        self._betas = (
+            self._checked("betas", beta_1, below=1),
+            self._checked("betas", beta_2, below=1),
+        )
         self._eps = self._checked("eps", eps)
         super().__init__(parameters, lr, weight_decay=weight_decay)
 

@@ -446,8 +446,7 @@ def _check_dataset(data: Dataset) -> None:
             raise DataError(f"{where}: labels: expected integers, got {y.dtype}")
         if y.min() < 0 or y.max() >= data.num_classes:
             raise DataError(
-                f"{where}: labels: expected 0 to {data.num_classes - 1}, "
-                f"got {y.min()} to {y.max()}"
+                f"{where}: labels: expected 0 to {data.num_classes - 1}, got {y.min()} to {y.max()}"
             )
         if x.shape[1:] != data.input_shape:
             raise DataError(

@@ -72,9 +72,7 @@ class Module:
 
     def __init__(self) -> None:
         # Set past __setattr__, which looks things up in these dictionaries.
-        self.__dict__.update(
-            _parameters={}, _buffers={}, _modules={}, training=True, name=""
-        )
+        self.__dict__.update(_parameters={}, _buffers={}, _modules={}, training=True, name="")
 
     def forward(self, x: Array) -> tuple[Array, Backward]:
         raise NotImplementedError(f"{type(self).__name__}.forward")

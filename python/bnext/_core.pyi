@@ -1,0 +1,115 @@
+from typing import Any, Literal, SupportsIndex, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+_Array = npt.NDArray[Any]
+_Activation = Literal["relu", "leaky_relu"] | None
+_Pair = tuple[int, int]
+
+class _GeneratorState(TypedDict):
+    seed: int
+    offset: int
+
+__version__: str
+activations: tuple[str | None, ...]
+default_generator: Generator
+
+class Generator:
+    def __init__(self, seed: SupportsIndex) -> None: ...
+    @property
+    def state(self) -> _GeneratorState: ...
+    @state.setter
+    def state(self, state: _GeneratorState) -> None: ...
+
+class BatchNormSaved:
+    @property
+    def mean(self) -> _Array: ...
+    @property
+    def var(self) -> _Array: ...
+    @property
+    def inv_std(self) -> _Array: ...
+    @property
+    def count(self) -> int: ...
+
+class BatchNormGrads:
+    @property
+    def x(self) -> _Array: ...
+    @property
+    def weight(self) -> _Array | None: ...
+    @property
+    def bias(self) -> _Array | None: ...
+
+class DropoutSaved:
+    @property
+    def p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+
+def batch_norm_forward(
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    activation: _Activation = None,
+    negative_slope: float = 0.01,
+    out: _Array | None = None,
+) -> tuple[_Array, BatchNormSaved]: ...
+def batch_norm_backward(
+    grad_y: npt.ArrayLike, saved: BatchNormSaved, *, out: _Array | None = None
+) -> BatchNormGrads: ...
+def batch_norm_inference(
+    x: npt.ArrayLike,
+    mean: npt.ArrayLike,
+    var: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    activation: _Activation = None,
+    negative_slope: float = 0.01,
+    out: _Array | None = None,
+) -> _Array: ...
+def batch_norm_inference_forward(
+    x: npt.ArrayLike,
+    mean: npt.ArrayLike,
+    var: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    activation: _Activation = None,
+    negative_slope: float = 0.01,
+    out: _Array | None = None,
+) -> tuple[_Array, BatchNormSaved]: ...
+def dropout_forward(
+    x: npt.ArrayLike,
+    p: float = 0.5,
+    *,
+    generator: Generator | None = None,
+    out: _Array | None = None,
+) -> tuple[_Array, DropoutSaved]: ...
+def dropout_backward(
+    grad_y: npt.ArrayLike, saved: DropoutSaved, *, out: _Array | None = None
+) -> _Array: ...
+def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
+def im2col(
+    x: _Array, cols: _Array, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
+) -> None: ...
+def col2im(
+    cols: _Array, x: _Array, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
+) -> None: ...
+def backends() -> list[tuple[str, bool]]: ...
+def backend() -> str: ...
+def set_backend(name: str) -> None: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: SupportsIndex) -> None: ...
+def has_openmp() -> bool: ...
+def pause_threads() -> None: ...
+def copy_count() -> int: ...

@@ -1,0 +1,119 @@
+"""What every operation means, in plain NumPy: extended precision, no tricks, no bnext."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Wide = np.longdouble  # float64 where the platform has nothing wider
+
+
+def _axes(x, channel_axis):
+    return tuple(axis for axis in range(x.ndim) if axis != channel_axis % x.ndim)
+
+
+def _per_channel(values, x, channel_axis):
+    shape = [1] * x.ndim
+    shape[channel_axis] = -1
+    return np.asarray(values, Wide).reshape(shape)
+
+
+def activate(z, activation, slope):
+    """(value, derivative) of the activation; derivative 0 (or slope) at 0."""
+    if activation == "relu":
+        return np.where(z <= 0, 0, z), np.where(z > 0, 1, 0)
+    if activation == "leaky_relu":
+        return np.where(z > 0, z, slope * z), np.where(z > 0, 1, slope)
+    return z, np.ones_like(z)
+
+
+@dataclass
+class BatchNorm:
+    """Batch normalization of `x`; by `mean` and `var` if given, by the batch's own if not."""
+
+    x: np.ndarray
+    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    eps: float = 1e-5
+    channel_axis: int = 1
+    activation: str | None = None
+    negative_slope: float = 0.01
+    mean: np.ndarray | None = None
+    var: np.ndarray | None = None
+
+    def __post_init__(self):
+        x = self.x.astype(Wide)
+        axes = _axes(x, self.channel_axis)
+        self.batch_statistics = self.mean is None
+        if self.batch_statistics:
+            self.mean = x.mean(axes)
+            self.var = np.square(x - self._wide(self.mean)).mean(axes)
+        self.r = 1 / np.sqrt(self._wide(self.var) + self.eps)
+        self.n = (x - self._wide(self.mean)) * self.r
+        self.scale = self._wide(1 if self.weight is None else self.weight)
+        self.z = self.n * self.scale + self._wide(0 if self.bias is None else self.bias)
+        self.y, self.derivative = activate(self.z, self.activation, self.negative_slope)
+
+    def _wide(self, values):
+        return _per_channel(values, self.x, self.channel_axis)
+
+    def backward(self, grad_y):
+        """Gradients of x, weight and bias."""
+        axes = _axes(self.x, self.channel_axis)
+        g = grad_y.astype(Wide) * self.derivative
+        grad_x = g
+        if self.batch_statistics:
+            grad_x = g - g.mean(axes, keepdims=True)
+            grad_x -= self.n * (g * self.n).mean(axes, keepdims=True)
+        return self.scale * self.r * grad_x, (g * self.n).sum(axes), g.sum(axes)
+
+
+def philox4x32_10(counter, key):
+    """Philox4x32-10 (Salmon et al., SC 2011) on arrays: counter of four words, key of two."""
+    c = [np.asarray(word, np.uint64) for word in counter]
+    k = [int(word) for word in key]
+    mask = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    for _ in range(10):
+        product0 = np.uint64(0xD2511F53) * c[0]
+        product1 = np.uint64(0xCD9E8D57) * c[2]
+        c = [
+            (product1 >> shift) ^ c[1] ^ np.uint64(k[0]),
+            product1 & mask,
+            (product0 >> shift) ^ c[3] ^ np.uint64(k[1]),
+            product0 & mask,
+        ]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def dropout_bits(size, seed, offset):
+    """The 32 random bits of each of `size` elements, as cpp/core/philox.hpp lays them out."""
+    element = np.arange(size, dtype=np.uint64)
+    span, e = np.divmod(element, np.uint64(128))
+    half, rest = np.divmod(e, np.uint64(64))
+    word, lane = np.divmod(rest, np.uint64(16))
+    block = span * np.uint64(16) + lane
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+
+    def draw(second):
+        top = (block >> np.uint64(32)) | np.uint64(second << 31)
+        low = np.full_like(block, offset & 0xFFFFFFFF)
+        high = np.full_like(block, offset >> 32)
+        words = np.stack(philox4x32_10((block & np.uint64(0xFFFFFFFF), top, low, high), key))
+        mine = np.take_along_axis(words, word[None].astype(np.int64), 0)[0]
+        return (mine >> (half * np.uint64(16))) & np.uint64(0xFFFF)
+
+    return draw(0) << np.uint64(16) | draw(1)
+
+
+def dropout(x, p, seed, offset):
+    """x / (1 - p) where the bits are at least p 2^32, 0 elsewhere."""
+    if p == 0:
+        return x.copy()
+    if p == 1:
+        return np.zeros_like(x)
+    keep = dropout_bits(x.size, seed, offset) >= np.uint64(round(p * 2**32))
+    scale = x.dtype.type(1 / (1 - p))
+    return np.where(keep.reshape(x.shape), x * scale, x.dtype.type(0))
