@@ -1,0 +1,279 @@
+"""The process around the kernels: import, threads, fork, backends, types, memory."""
+
+import ast
+import doctest
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import bnext
+import bnext.nn.batchnorm
+import bnext.nn.dropout
+from bnext import _core
+from bnext import functional as F
+from cases import BACKENDS, data
+
+
+def python(code, **environment):
+    """Run `code` in a fresh interpreter; its standard output, or an error with all it said."""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout.strip()
+
+
+# -- import ----------------------------------------------------------------------------------------
+
+
+def test_import_needs_numpy_alone():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(
+    ["matplotlib", "safetensors", "sklearn", "threadpoolctl", "tqdm", "torch", "scipy"]))
+import bnext, numpy as np
+layer = bnext.nn.Sequential(bnext.nn.Linear(4, 3), bnext.nn.BatchNorm(3), bnext.nn.ReLU())
+y, backward = layer.forward(np.eye(4, dtype=np.float32))
+print(backward(y).shape)
+"""
+    assert python(code) == "(4, 4)"
+
+
+def test_import_leaves_subnormals_alone():
+    code = """
+import numpy as np
+tiny = np.float32(1e-40)
+def alive():
+    return bool((np.full(64, tiny) * np.float32(1) != 0).all())
+before = alive()
+import bnext
+from bnext import functional as F
+x = np.full((64, 2, 300), tiny)
+y, saved = F.batch_norm_forward(np.arange(600, dtype=np.float32).reshape(2, 3, 100))
+z = F.batch_norm_inference(x, np.zeros(2, "f"), np.ones(2, "f"), eps=0)
+d, _ = F.dropout_forward(x, 1e-9)
+print(before, alive(), bool((z == tiny).all()), bool((d == tiny).all()))
+"""
+    for name in BACKENDS:
+        assert python(code, BNEXT_BACKEND=name) == "True True True True"
+
+
+def test_import_twice_in_one_process_is_harmless():
+    code = "import bnext, importlib; importlib.reload(bnext); print(bnext.__version__)"
+    assert python(code) == bnext.__version__
+
+
+# -- backends --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_environment_forces_a_backend(name):
+    code = "import bnext; from bnext import _core; print(_core.backend())"
+    assert python(code, BNEXT_BACKEND=name) == name
+
+
+def test_unknown_backend_in_the_environment_is_a_clear_error():
+    code = """
+import bnext, numpy as np
+try:
+    bnext.functional.batch_norm_forward(np.eye(3, dtype=np.float32))
+except ValueError as error:
+    print(error)
+"""
+    said = python(code, BNEXT_BACKEND="sse1")
+    assert said == f"backend: no backend 'sse1' on this machine; available: {', '.join(BACKENDS)}"
+
+
+def test_best_backend_is_the_default():
+    code = "import bnext; from bnext import _core; print(_core.backend())"
+    assert python(code, BNEXT_BACKEND="") == BACKENDS[-1]
+
+
+def test_show_config(capsys):
+    bnext.show_config()
+    said = capsys.readouterr().out
+    assert bnext.__version__ in said
+    assert f"{_core.backend()} (in use)" in said
+    for name, _ in _core.backends():
+        assert name in said
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def test_number_of_threads(restore_threads):
+    if not _core.has_openmp():
+        bnext.set_num_threads(4)
+        assert bnext.get_num_threads() == 1
+        return
+    bnext.set_num_threads(3)
+    assert bnext.get_num_threads() == 3
+
+
+@pytest.mark.skipif(not _core.has_openmp(), reason="compiled without OpenMP: always one thread")
+def test_default_number_of_threads_follows_the_environment():
+    code = "import bnext; print(bnext.get_num_threads())"
+    assert python(code, OMP_NUM_THREADS="3") == "3"
+    if hasattr(os, "sched_setaffinity"):
+        pinned = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + code
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        run = subprocess.run(
+            [sys.executable, "-c", pinned], env=environment, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == "1"
+
+
+def test_calls_from_many_python_threads():
+    x = data((16, 7, 30, 30))
+    y, saved = F.batch_norm_forward(x)
+    grad = F.batch_norm_backward(x, saved).x
+    same = []
+
+    def work():
+        for _ in range(10):
+            z, mine = F.batch_norm_forward(x)
+            same.append(np.array_equal(z, y))
+            same.append(np.array_equal(F.batch_norm_backward(x, mine).x, grad))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 160
+
+
+def test_threads_that_share_a_generator_get_offsets_of_their_own():
+    generator = bnext.Generator(1)
+    x = np.ones(100, np.float32)
+    offsets = []
+
+    def work():
+        for _ in range(100):
+            offsets.append(F.dropout_forward(x, generator=generator)[1].offset)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(offsets) == list(range(800))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_after_use():
+    code = """
+import os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import numpy as np, bnext
+from bnext import functional as F
+bnext.set_num_threads(4)
+x = np.random.default_rng(0).normal(size=(32, 8, 50, 50)).astype(np.float32)
+expected = F.batch_norm_forward(x)[0]
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(F.batch_norm_forward(x)[0], expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(F.batch_norm_forward(x)[0], expected)
+print("done")
+"""
+    assert python(code) == "done"
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_nothing_leaks():
+    resource = pytest.importorskip("resource", reason="this system does not tell memory use")
+    x, small = data((8, 4, 32, 32)), data((4, 3))
+
+    def work(count):
+        for _ in range(count):
+            _, saved = F.batch_norm_forward(x)
+            F.batch_norm_backward(x, saved)
+            F.dropout_forward(x.transpose(1, 0, 2, 3))
+            for _ in range(20):
+                F.batch_norm_forward(small)
+                with pytest.raises(ValueError, match="eps"):
+                    F.batch_norm_forward(small, eps=-1)
+
+    work(50)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work(500)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 4096  # KiB; one x is 128 KiB, and 500 are 64 MiB
+
+
+def test_out_of_memory_is_a_memory_error():
+    x = np.broadcast_to(np.float32(1), (2**20, 2**20, 4))
+    with pytest.raises(MemoryError):
+        F.dropout_forward(x)
+
+
+# -- types and documentation -----------------------------------------------------------------------
+
+
+def stub():
+    text = pathlib.Path(_core.__file__).with_name("_core.pyi")
+    if not text.exists():  # an editable install keeps it with the sources
+        text = pathlib.Path(bnext.__file__).with_name("_core.pyi")
+    return ast.parse(text.read_text())
+
+
+def test_stub_names_what_the_module_has():
+    named = set()
+    for node in stub().body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            named.add(node.name)
+        elif isinstance(node, ast.AnnAssign):
+            named.add(node.target.id)
+    public = {name for name in vars(_core) if not name.startswith("_")} | {"__version__"}
+    assert {name for name in named if not name.startswith("_") or name == "__version__"} == public
+
+
+@pytest.mark.parametrize("name", F.__all__)
+def test_stub_has_the_arguments_of_the_function(name):
+    function = getattr(F, name)
+    if inspect.isclass(function):
+        members = {n.name for c in stub().body if getattr(c, "name", "") == name for n in c.body}
+        assert members == {n for n in vars(function) if not n.startswith("_")}
+        return
+    node = next(n for n in stub().body if getattr(n, "name", "") == name)
+    signature = function.__doc__.splitlines()[0]
+    inside = signature[signature.index("(") + 1 : signature.rindex(") ->")]
+    names = [part.split(":")[0].strip() for part in inside.split(", ")]
+    wanted = [argument.arg for argument in node.args.args]
+    wanted += ["*"] * bool(node.args.kwonlyargs) + [a.arg for a in node.args.kwonlyargs]
+    assert names == wanted
+
+
+@pytest.mark.parametrize("name", F.__all__)
+def test_everything_public_is_documented(name):
+    assert len(getattr(F, name).__doc__ or "") > 40
+
+
+@pytest.mark.parametrize("module", [bnext, bnext.nn.batchnorm, bnext.nn.dropout])
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_examples_of_the_functions():
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    examples = 0
+    for name in F.__all__:
+        for test in finder.find(getattr(F, name), name, globs={}):
+            examples += len(test.examples)
+            runner.run(test)
+    assert examples >= 8
+    assert runner.failures == 0
