@@ -1,8 +1,8 @@
 import pytest
-from cases import BACKENDS
 
 import bnext
 from bnext import _core
+from cases import BACKENDS
 
 
 @pytest.fixture(params=BACKENDS)

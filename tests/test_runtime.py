@@ -242,7 +242,7 @@ def test_stub_names_what_the_module_has():
     assert {name for name in named if not name.startswith("_") or name == "__version__"} == public
 
 
-@pytest.mark.parametrize("name", F.__all__)
+@pytest.mark.parametrize("name", [n for n in F.__all__ if n != "activations"])
 def test_stub_has_the_arguments_of_the_function(name):
     function = getattr(F, name)
     if inspect.isclass(function):
@@ -258,7 +258,7 @@ def test_stub_has_the_arguments_of_the_function(name):
     assert names == wanted
 
 
-@pytest.mark.parametrize("name", F.__all__)
+@pytest.mark.parametrize("name", [n for n in F.__all__ if n != "activations"])
 def test_everything_public_is_documented(name):
     assert len(getattr(F, name).__doc__ or "") > 40
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 
 
-
 def main(library: str) -> int:
     listing = subprocess.run(
         ["nm", "-A", "-C", "--defined-only", library], check=True, capture_output=True, text=True

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "core/check.hpp"
-#include "core/lists.hpp"
+#include "bnext/lists.hpp"
 
 namespace bnext::bind {
 namespace {

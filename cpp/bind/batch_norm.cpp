@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "bind/arrays.hpp"
+#include "bnext/lists.hpp"
 #include "core/check.hpp"
-#include "core/lists.hpp"
 
 namespace bnext::bind {
 namespace {
@@ -292,8 +292,8 @@ weight, bias : array_like (C,), dtype of x, optional
 eps : float, default 1e-5
     Finite, not negative.
 channel_axis : 1 or -1, default 1
-activation : None, "relu" or "leaky_relu"
-    Applied in the same pass over memory.
+activation : str, optional
+    Applied in the same pass over memory: one of `bnext.functional.activations`, such as "relu".
 negative_slope : float, default 0.01
     Of leaky_relu.
 out : ndarray, optional

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <sstream>
 
-#include "core/lists.hpp"
+#include "bnext/lists.hpp"
 
 namespace bnext {
 

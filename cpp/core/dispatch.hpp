@@ -4,7 +4,7 @@
 #include <cstddef>
 
 #include "core/args.hpp"
-#include "core/lists.hpp"
+#include "bnext/lists.hpp"
 
 namespace bnext {
 

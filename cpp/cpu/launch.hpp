@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/args.hpp"
-#include "core/lists.hpp"
+#include "bnext/lists.hpp"
 #include "core/math.hpp"
 #include "cpu/grid.hpp"
 

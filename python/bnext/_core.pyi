@@ -1,10 +1,10 @@
-from typing import Any, Literal, SupportsIndex, TypedDict
+from typing import Any, SupportsIndex, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
-_Activation = Literal["relu", "leaky_relu"] | None
+_Activation = str | None
 _Pair = tuple[int, int]
 
 class _GeneratorState(TypedDict):

@@ -16,9 +16,12 @@
 
 namespace bnext {
 
-// What follows the normalisation in the same pass over memory; z is the normalised value.
-//   none: z;   relu: max(z, 0);   leaky_relu: z > 0 ? z : negative_slope * z
-enum class Activation { none, relu, leaky_relu };
+// What follows the normalisation in the same pass over memory: none, relu, leaky_relu.
+enum class Activation {
+#define BNEXT_ENUMERATOR(name) name,
+  BNEXT_EPILOGUES(BNEXT_ENUMERATOR)
+#undef BNEXT_ENUMERATOR
+};
 
 // y = activation(weight n + bias), with the biased variance of this batch.
 // Raises if a channel has one value only (m = 1). An empty x (m = 0) gives an empty y and

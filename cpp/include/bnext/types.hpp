@@ -1,6 +1,7 @@
 // What every operation takes: dtypes, arrays that somebody else owns, errors.
 #pragma once
 
+#include <bnext/lists.hpp>
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
@@ -9,18 +10,22 @@
 
 namespace bnext {
 
-enum class DType { float32, float64 };
+// float32, float64
+enum class DType {
+#define BNEXT_ENUMERATOR(name, type) name,
+  BNEXT_DTYPES(BNEXT_ENUMERATOR)
+#undef BNEXT_ENUMERATOR
+};
 
 template <class T>
 constexpr DType dtype_of();
-template <>
-constexpr DType dtype_of<float>() {
-  return DType::float32;
-}
-template <>
-constexpr DType dtype_of<double>() {
-  return DType::float64;
-}
+#define BNEXT_DTYPE_OF(name, type)   \
+  template <>                        \
+  constexpr DType dtype_of<type>() { \
+    return DType::name;              \
+  }
+BNEXT_DTYPES(BNEXT_DTYPE_OF)
+#undef BNEXT_DTYPE_OF
 
 // An array argument has the wrong dtype. Wrong values and shapes raise std::invalid_argument.
 class DTypeError : public std::invalid_argument {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +35,9 @@ class BatchNorm(Module):
         Whether there are `weight` (ones) and `bias` (zeros); weight decay spares both.
     track_running_stats : bool, default True
         Without, evaluation uses the batch's statistics too.
-    activation : None, "relu" or "leaky_relu"
-        Applied to y in the same pass over memory.
+    activation : str, optional
+        Applied to y in the same pass over memory: one of `bnext.functional.activations`,
+        such as "relu".
     negative_slope : float, default 0.01
         Of leaky_relu.
     channel_axis : 1 or -1, default 1
@@ -71,6 +73,9 @@ class BatchNorm(Module):
     (16, 3, 4, 4)
     """
 
+    running_mean: Array
+    running_var: Array
+    num_batches_tracked: Array
     _ranks: tuple[int, ...] | None = None
     _expects = ""
 
@@ -145,14 +150,14 @@ class BatchNorm(Module):
                 self._update_running_stats(saved)
         else:
             y, saved = _core.batch_norm_inference_forward(
-                x, self.running_mean, self.running_var, **self._affine, **self._options
+                x, self.running_mean, self.running_var, **self._arguments
             )
 
         def backward(grad_y: Array) -> Array:
             grads = F.batch_norm_backward(grad_y, saved)
-            if self.weight is not None and self.bias is not None:
-                self.weight.accumulate(grads.weight)
-                self.bias.accumulate(grads.bias)
+            for parameter, grad in ((self.weight, grads.weight), (self.bias, grads.bias)):
+                if parameter is not None and grad is not None:
+                    parameter.accumulate(grad)
             return grads.x
 
         return y, backward
@@ -161,20 +166,14 @@ class BatchNorm(Module):
         x = self._check(x)
         if not self.track_running_stats:
             return self._normalize_by_batch(x)[0]
-        return F.batch_norm_inference(
-            x, self.running_mean, self.running_var, **self._affine, **self._options
-        )
+        return F.batch_norm_inference(x, self.running_mean, self.running_var, **self._arguments)
 
     @property
-    def _affine(self) -> dict[str, Array | None]:
+    def _arguments(self) -> dict[str, Any]:
+        """What the functions take besides x and statistics."""
         return {
             "weight": None if self.weight is None else self.weight.data,
             "bias": None if self.bias is None else self.bias.data,
-        }
-
-    @property
-    def _options(self) -> dict[str, object]:
-        return {
             "eps": self.eps,
             "channel_axis": self.channel_axis,
             "activation": self.activation,
@@ -200,7 +199,7 @@ class BatchNorm(Module):
                 "need 2 or more: use a larger batch, drop or merge a last batch of one sample, "
                 "or call eval() to use running statistics"
             )
-        return F.batch_norm_forward(x, **self._affine, **self._options)
+        return F.batch_norm_forward(x, **self._arguments)
 
     def _update_running_stats(self, saved: F.BatchNormSaved) -> None:
         if saved.count == 0:

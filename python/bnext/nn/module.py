@@ -69,6 +69,9 @@ class Module:
 
     training: bool
     name: str
+    _parameters: dict[str, Parameter]
+    _buffers: dict[str, Array]
+    _modules: dict[str, Module]
 
     def __init__(self) -> None:
         # Set past __setattr__, which looks things up in these dictionaries.

@@ -1,0 +1,8 @@
+#!/bin/sh
+# All linters; needs pip install ".[lint]".
+set -eu
+cd "$(dirname "$0")/.."
+ruff check .
+ruff format --check .
+mypy
+find cpp tests/cpp -name '*.[ch]pp' -print0 | xargs -0 clang-format --dry-run --Werror
