@@ -51,6 +51,8 @@ def to_torch(layer: Module) -> torch.nn.Module:
             layer.padding,
             bias=layer.bias is not None,
         )
+    elif isinstance(layer, nn.MaxPool2d):
+        return torch.nn.MaxPool2d(layer.kernel_size, layer.stride, layer.padding)
     elif isinstance(layer, nn.Linear):
         other = torch.nn.Linear(layer.in_features, layer.out_features)
     elif isinstance(layer, nn.BatchNorm):
@@ -136,10 +138,14 @@ def main() -> None:
         print(file=sys.stderr)
 
     count = sum(parameter.data.size for parameter in model.parameters())
-    print(f"input {x.shape}, {count:,} parameters, {args.threads} threads, torch {torch.__version__}")
+    print(
+        f"input {x.shape}, {count:,} parameters, {args.threads} threads, torch {torch.__version__}"
+    )
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
-        print(f"{name:8} median {middle * 1e3:7.1f} ms   quartiles {low * 1e3:.1f} {high * 1e3:.1f}")
+        print(
+            f"{name:8} median {middle * 1e3:7.1f} ms   quartiles {low * 1e3:.1f} {high * 1e3:.1f}"
+        )
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"bnext / PyTorch: {medians['bnext'] / medians['PyTorch']:.2f}")
 

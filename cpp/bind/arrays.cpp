@@ -3,8 +3,8 @@
 #include <atomic>
 #include <limits>
 
-#include "core/check.hpp"
 #include "bnext/lists.hpp"
+#include "core/check.hpp"
 
 namespace bnext::bind {
 namespace {

@@ -12,11 +12,10 @@ namespace bnext::bind {
 namespace {
 
 template <class T>
-void check_cols(const std::string& operation, const py::array_t<T>& cols,
-                const Images& images, const Window& window) {
-  const std::int64_t size = images.channels * window.kernel[0] * window.kernel[1] *
-                            images.samples * window.positions(0, images.height) *
-                            window.positions(1, images.width);
+void check_cols(const std::string& operation, const py::array_t<T>& cols, const Images& images,
+                const Window& window) {
+  const std::int64_t size = images.channels * window.kernel[0] * window.kernel[1] * images.samples *
+                            window.positions(0, images.height) * window.positions(1, images.width);
   if (!(cols.flags() & py::array::c_style) || cols.size() != size)
     throw py::value_error(operation + ": cols: expected " + std::to_string(size) +
                           " contiguous elements, got " + std::to_string(cols.size()));
@@ -51,7 +50,7 @@ void define(py::module_& m) {
   // noconvert: a converted copy would leave the caller's output unwritten.
   m.def("im2col", &im2col<T>, py::arg("x").noconvert(), py::arg("cols").noconvert(),
         py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-        "cols[c, i, j, n, p, q] = x[n, c, p*stride - padding + i*dilation, ...], 0 outside of x");
+        "cols[n, c, i, j, p, q] = x[n, c, p*stride - padding + i*dilation, ...], 0 outside of x");
   m.def("col2im", &col2im<T>, py::arg("cols").noconvert(), py::arg("x").noconvert(),
         py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
         "The transpose of im2col: sums every element of cols into the place it came from");

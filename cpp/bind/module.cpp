@@ -10,8 +10,11 @@ namespace py = pybind11;
 void bind_batch_norm(py::module_& m);
 void bind_dropout(py::module_& m);
 void bind_im2col(py::module_& m);
+void bind_pooling(py::module_& m);
 void bind_random(py::module_& m);
 void bind_runtime(py::module_& m);
+void bind_tasks(py::module_& m);
+void bind_winograd(py::module_& m);
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The C++ core of bnext. Use it through bnext and bnext.functional.";
@@ -30,5 +33,8 @@ PYBIND11_MODULE(_core, m) {
   bind_batch_norm(m);
   bind_dropout(m);
   bind_im2col(m);
+  bind_pooling(m);
   bind_runtime(m);
+  bind_tasks(m);
+  bind_winograd(m);
 }

@@ -3,8 +3,8 @@
 
 #include <cstddef>
 
-#include "core/args.hpp"
 #include "bnext/lists.hpp"
+#include "core/args.hpp"
 
 namespace bnext {
 

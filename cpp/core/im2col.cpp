@@ -7,34 +7,20 @@ namespace {
 
 using std::int64_t;
 
-struct Range {
-  int64_t begin, end;
-};
-
-// The window positions along `axis` at which the element `offset` into the window is inside.
-Range inside(const Window& window, int axis, int64_t offset, int64_t size) {
-  const int64_t stride = window.stride[axis], positions = window.positions(axis, size);
-  const int64_t first = std::max<int64_t>(0, window.padding[axis] - offset);
-  const int64_t last = size - 1 + window.padding[axis] - offset;
-  const int64_t end = last < 0 ? 0 : std::min(positions, last / stride + 1);
-  return {std::min((first + stride - 1) / stride, end), end};
-}
-
-// Calls plane(n, c, tap, rows, columns, start) for every plane of cols in order. Its elements (p, q)
-// in rows x columns go with element start + p * stride_h * width + q * stride_w of x.
+// Calls plane(rows, columns, start) for every plane of cols in order. Its elements (p, q) in
+// rows x columns go with element start + p * stride_h * width + q * stride_w of x.
 template <class Plane>
 void for_each_plane(const Images& images, const Window& window, Plane plane) {
-  for (int64_t c = 0; c < images.channels; ++c)
-    for (int64_t i = 0; i < window.kernel[0]; ++i)
-      for (int64_t j = 0; j < window.kernel[1]; ++j) {
-        const int64_t down = i * window.dilation[0], right = j * window.dilation[1];
-        const Range rows = inside(window, 0, down, images.height);
-        const Range columns = inside(window, 1, right, images.width);
-        const int64_t start = (c * images.height + down - window.padding[0]) * images.width +
-                              right - window.padding[1];
-        for (int64_t n = 0; n < images.samples; ++n)
-          plane(rows, columns, start + n * images.sample_stride);
-      }
+  for (int64_t n = 0; n < images.samples; ++n)
+    for (int64_t c = 0; c < images.channels; ++c)
+      for (int64_t i = 0; i < window.kernel[0]; ++i)
+        for (int64_t j = 0; j < window.kernel[1]; ++j) {
+          const int64_t down = i * window.dilation[0], right = j * window.dilation[1];
+          plane(inside(window, 0, down, images.height), inside(window, 1, right, images.width),
+                n * images.sample_stride +
+                    (c * images.height + down - window.padding[0]) * images.width + right -
+                    window.padding[1]);
+        }
 }
 
 }  // namespace
@@ -42,6 +28,14 @@ void for_each_plane(const Images& images, const Window& window, Plane plane) {
 int64_t Window::positions(int axis, int64_t size) const {
   const int64_t room = size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
   return room < 0 ? 0 : room / stride[axis] + 1;
+}
+
+Range inside(const Window& window, int axis, int64_t offset, int64_t size) {
+  const int64_t stride = window.stride[axis], positions = window.positions(axis, size);
+  const int64_t first = std::max<int64_t>(0, window.padding[axis] - offset);
+  const int64_t last = size - 1 + window.padding[axis] - offset;
+  const int64_t end = last < 0 ? 0 : std::min(positions, last / stride + 1);
+  return {std::min((first + stride - 1) / stride, end), end};
 }
 
 template <class T>

@@ -1,6 +1,8 @@
 #include "core/pooling.hpp"
 
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #include "cpu/parallel.hpp"
 
@@ -52,28 +54,55 @@ int64_t elements(Span rows, Span columns, bool count_padding) {
                        : (rows.end - rows.begin) * (columns.end - columns.begin);
 }
 
+// largest[q] = x[start + q * step] where that is larger or the first NaN; best[q] = its place.
+template <class T>
+void take_larger(const T* x, int64_t start, int64_t step, Range columns, T* __restrict largest,
+                 std::int32_t* __restrict best) {
+  const auto loop = [&](auto known_step) {
+    for (int64_t q = columns.begin; q < columns.end; ++q) {
+      const int64_t place = start + q * known_step;
+      const T value = x[place], old = largest[q];
+      const bool larger = (value > old) | ((value != value) & (old == old));
+      largest[q] = larger ? value : old;
+      best[q] = larger ? static_cast<std::int32_t>(place) : best[q];
+    }
+  };
+  // A step known to the compiler lets it take several elements at a time.
+  if (step == 2) return loop(std::integral_constant<int64_t, 2>());
+  if (step == 1) return loop(std::integral_constant<int64_t, 1>());
+  loop(step);
+}
+
 }  // namespace
 
 template <class T>
 void max_pool(const T* x, const Images& images, const Window& window, T* y, std::int32_t* index) {
+  const int64_t height = window.positions(0, images.height);
+  const int64_t width = window.positions(1, images.width);
+  std::vector<int64_t> first(static_cast<std::size_t>(width));  // column that a window covers
+  for (int64_t q = 0; q < width; ++q)
+    first[static_cast<std::size_t>(q)] = span(window, 1, q, images.width).begin;
+  std::vector<Range> columns;  // windows that cover anything with their column j
+  for (int64_t j = 0; j < window.kernel[1]; ++j)
+    columns.push_back(inside(window, 1, j, images.width));
   for_each_plane(images, window, [&](int64_t x_start, int64_t y_start) {
-    const T* const from = x + x_start;
-    int64_t out = y_start;
-    for_each_window(images, window, [&](Span rows, Span columns) {
-      int64_t best = rows.begin * images.width + columns.begin;
-      T largest = from[best];
+    std::vector<std::int32_t> unused(index == nullptr ? static_cast<std::size_t>(width) : 0);
+    for (int64_t p = 0; p < height; ++p) {
+      const Span rows = span(window, 0, p, images.height);
+      T* const largest = y + y_start + p * width;
+      std::int32_t* const best = index == nullptr ? unused.data() : index + y_start + p * width;
+      for (int64_t q = 0; q < width; ++q) {
+        const int64_t place = rows.begin * images.width + first[static_cast<std::size_t>(q)];
+        largest[q] = x[x_start + place];
+        best[q] = static_cast<std::int32_t>(place);
+      }
       for (int64_t h = rows.begin; h < rows.end; ++h)
-        for (int64_t w = columns.begin; w < columns.end; ++w) {
-          const T value = from[h * images.width + w];
-          if (value > largest || (value != value && largest == largest)) {
-            largest = value;
-            best = h * images.width + w;
-          }
+        for (int64_t j = 0; j < window.kernel[1]; ++j) {
+          const int64_t start = h * images.width + j - window.padding[1];
+          take_larger(x + x_start, start, window.stride[1], columns[static_cast<std::size_t>(j)],
+                      largest, best);
         }
-      y[out] = largest;
-      if (index != nullptr) index[out] = static_cast<std::int32_t>(best);
-      ++out;
-    });
+    }
   });
 }
 

@@ -2,8 +2,8 @@
 // kernels are pointers to functions that were compiled per instruction set.
 #pragma once
 
-#include "core/args.hpp"
 #include "bnext/lists.hpp"
+#include "core/args.hpp"
 #include "core/math.hpp"
 #include "cpu/grid.hpp"
 

@@ -36,10 +36,10 @@ class _Parts:
         """Whether hidden layers have one; normalization right after it would cancel it."""
         return self.norm == "none" or self.norm_position == "after"
 
-    def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-        """A convolution that keeps height and width, or divides them by `stride`."""
+    def conv(self, inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
+        """A convolution that keeps height and width."""
         layer = nn.Conv2d(
-            inputs, outputs, kernel, stride, kernel // 2, bias=self.bias, dtype=self.dtype
+            inputs, outputs, kernel, padding=kernel // 2, bias=self.bias, dtype=self.dtype
         )
         _initialize(layer)
         return layer
@@ -83,8 +83,8 @@ def _initialize(layer: nn.Conv2d | nn.Linear) -> None:
         layer.bias.data[...] = 0
 
 
-def _numbered(number: int, layers: Layers) -> Layers:
-    return {f"{name}{number}": layer for name, layer in layers.items()}
+def _numbered(index: int, layers: Layers) -> Layers:
+    return {f"{name}{index}": layer for name, layer in layers.items()}
 
 
 def _mlp(
@@ -92,8 +92,8 @@ def _mlp(
 ) -> Module:
     layers: Layers = {"flatten": nn.Flatten()}
     features = math.prod(input_shape)
-    for number in range(1, depth + 1):
-        layers |= _numbered(number, {"linear": parts.linear(features, width), **parts.unit(width)})
+    for index in range(1, depth + 1):
+        layers |= _numbered(index, {"linear": parts.linear(features, width), **parts.unit(width)})
         features = width
     return nn.Sequential(layers | {"head": nn.Sequential(parts.head(features, num_classes))})
 
@@ -101,19 +101,14 @@ def _mlp(
 def _cnn(
     parts: _Parts, input_shape: tuple[int, ...], num_classes: int, depth: int, width: int
 ) -> Module:
-    channels, height, size = _image(input_shape)
-    if min(height, size) < 2**depth:
-        raise ValueError(
-            f"models.build: cnn: depth: {depth} poolings need images of at least "
-            f"{2**depth}x{2**depth}, got {height}x{size}"
-        )
+    channels = _channels("cnn", input_shape, depth)
     layers: Layers = {}
-    for number in range(1, depth + 1):
+    for index in range(1, depth + 1):
         for half in "ab":
             stage = {"conv": parts.conv(channels, width, 3), **parts.unit(width)}
-            layers |= {f"{name}{number}{half}": layer for name, layer in stage.items()}
+            layers |= {f"{name}{index}{half}": layer for name, layer in stage.items()}
             channels = width
-        layers[f"pool{number}"] = nn.MaxPool2d(2)
+        layers[f"pool{index}"] = nn.MaxPool2d(2)
         width *= 2
     layers["mean"] = nn.GlobalAvgPool2d()
     return nn.Sequential(layers | {"head": nn.Sequential(parts.head(channels, num_classes))})
@@ -122,36 +117,44 @@ def _cnn(
 def _resnet(
     parts: _Parts, input_shape: tuple[int, ...], num_classes: int, depth: int, width: int
 ) -> Module:
-    layers: Layers = {"stem": parts.conv(_image(input_shape)[0], width, 3)}
+    layers: Layers = {"stem": parts.conv(_channels("resnet", input_shape, 2), width, 3)}
     channels = width
-    for stage in range(3):
-        width = channels if stage == 0 else 2 * channels
-        for block in range(depth):
-            stride = 2 if stage > 0 and block == 0 else 1
-            layers[f"stage{stage + 1}_block{block + 1}"] = _block(parts, channels, width, stride)
+    for stage in range(1, 4):
+        if stage > 1:
+            layers[f"pool{stage - 1}"] = nn.MaxPool2d(2)
+            width *= 2
+        for block in range(1, depth + 1):
+            layers[f"stage{stage}_block{block}"] = _block(parts, channels, width)
             channels = width
     layers |= {"last": nn.Sequential(parts.unit(channels)), "mean": nn.GlobalAvgPool2d()}
     return nn.Sequential(layers | {"head": nn.Sequential(parts.head(channels, num_classes))})
 
 
-def _block(parts: _Parts, inputs: int, outputs: int, stride: int) -> Module:
+def _block(parts: _Parts, inputs: int, outputs: int) -> Module:
     """He et al. (2016): normalization and ReLU come before each convolution."""
-    body = _numbered(1, {**parts.unit(inputs), "conv": parts.conv(inputs, outputs, 3, stride)})
+    body = _numbered(1, {**parts.unit(inputs), "conv": parts.conv(inputs, outputs, 3)})
     last = parts.conv(outputs, outputs, 3)
     # Blocks begin as the identity: without normalization, deep models diverge otherwise.
     last.weight.data[...] = 0
     body |= _numbered(2, {**parts.unit(outputs), "conv": last})
-    same = stride == 1 and inputs == outputs
-    return nn.Residual(nn.Sequential(body), None if same else parts.conv(inputs, outputs, 1, stride))
+    shortcut = None if inputs == outputs else parts.conv(inputs, outputs, 1)
+    return nn.Residual(nn.Sequential(body), shortcut)
 
 
-def _image(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+def _channels(name: str, input_shape: tuple[int, ...], poolings: int) -> int:
+    """Channels of an input that is an image large enough for so many halvings."""
     if len(input_shape) != 3:
         raise ValueError(
-            f"models.build: input_shape: expected images (C, H, W), got {input_shape}; "
+            f"models.build: input_shape: {name} expects images (C, H, W), got {input_shape}; "
             "mlp takes any shape"
         )
-    return input_shape
+    least = 2**poolings
+    if min(input_shape[1:]) < least:
+        raise ValueError(
+            f"models.build: input_shape: {name} with {poolings} poolings expects images of "
+            f"{least}x{least} or more, got {input_shape}"
+        )
+    return input_shape[0]
 
 
 # Builder, default depth, default width.
@@ -242,9 +245,9 @@ def build(
     builder, default_depth, default_width = _MODELS[name]
     depth = default_depth if depth is None else depth
     width = default_width if width is None else width
-    for argument, value in (("num_classes", num_classes), ("depth", depth), ("width", width)):
-        if value < 1:
-            raise ValueError(f"models.build: {argument}: expected 1 or more, got {value}")
+    for argument, size in (("num_classes", num_classes), ("depth", depth), ("width", width)):
+        if size < 1:
+            raise ValueError(f"models.build: {argument}: expected 1 or more, got {size}")
     if not input_shape or min(input_shape) < 1:
         raise ValueError(
             f"models.build: input_shape: expected sizes of 1 or more, got {input_shape}"

@@ -1,27 +1,50 @@
 """Matrix products on bnext's threads: each thread works on its own piece with serial BLAS.
 
-NumPy's BLAS has threads of its own, which would compete with ours for the cores; they are held
-to one while ours run, if threadpoolctl is installed.
+NumPy's BLAS has threads of its own, which would compete with ours for the processors; they are
+held to one while ours run, if threadpoolctl is installed.
 """
 
 from __future__ import annotations
 
+import contextvars
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from bnext._core import get_num_threads
+from bnext import _core
 from bnext.nn.module import Array
 
-# Below this many multiplications a piece of work is not worth handing to a thread.
-PIECE = 4_000_000
-# More pieces than this balance no better, and a gradient is kept for each.
-MAX_PIECES = 16
+# Fewer multiplications than this are not worth a thread.
+_PIECE = 4_000_000
+# More pieces balance no better on the usual number of threads, and each has a gradient to sum.
+_MAX_PIECES = 8
+# Bytes up to which a workspace keeps an array.
+_KEPT = 1 << 24
+
+
+class Workspace:
+    """Memory that one task has to itself, and a later one uses again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Array] = {}
+
+    def __call__(self, slot: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An uninitialized array, in the same memory for each call with this `slot`."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > _KEPT:
+            return np.empty(shape, dtype)
+        if slot not in self._kept or self._kept[slot].size < size:
+            self._kept[slot] = np.empty(size, np.uint8)
+        return self._kept[slot][:size].view(dtype).reshape(shape)
+
+
+# Those not in use: no more of them than there ever were threads at work at once.
+_workspaces: list[Workspace] = []
 
 
 def pieces(count: int, work: int) -> list[range]:
@@ -30,42 +53,34 @@ def pieces(count: int, work: int) -> list[range]:
     They follow from the arguments alone, so that sums over them do not depend on the number
     of threads.
     """
-    parts = max(1, min(count, work // PIECE, MAX_PIECES))
+    parts = max(1, min(count, work // _PIECE, _MAX_PIECES))
     return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
 
-def run(task: Callable[[int, range], None], parts: list[range]) -> None:
-    """Call ``task(i, parts[i])`` for each `i`, on up to `get_num_threads()` threads."""
-    pending = list(enumerate(parts))
+def run(task: Callable[[int, range, Workspace], None], parts: list[range]) -> None:
+    """Call ``task(i, parts[i], workspace)`` for each `i`, on up to `get_num_threads()` threads."""
+    # Each thread sees the caller's context, in which NumPy keeps what `np.errstate` sets.
+    contexts = [contextvars.copy_context() for _ in parts]
 
-    def work() -> None:
-        while True:
-            try:
-                item = pending.pop()
-            except IndexError:
-                return
-            task(*item)
-
-    helpers = min(get_num_threads(), len(parts)) - 1
-    with _serial_blas():
-        if helpers < 1:
-            work()
-            return
-        futures = [_executor(helpers).submit(work) for _ in range(helpers)]
+    def call(i: int) -> None:
         try:
-            work()
+            workspace = _workspaces.pop()
+        except IndexError:
+            workspace = Workspace()
+        try:
+            contexts[i].run(task, i, parts[i], workspace)
         finally:
-            pending.clear()
-            wait(futures)
-        for future in futures:
-            future.result()
+            _workspaces.append(workspace)
+
+    with serial():
+        _core.run_tasks(call, len(parts))
 
 
 def matmul(a: Array, b: Array) -> Array:
     """``a @ b`` for two matrices, the rows of `a` shared among the threads."""
     out = np.empty((len(a), b.shape[1]), a.dtype)
 
-    def task(_: int, rows: range) -> None:
+    def task(_: int, rows: range, workspace: Workspace) -> None:
         part = slice(rows.start, rows.stop)
         np.matmul(a[part], b, out=out[part])
 
@@ -73,35 +88,20 @@ def matmul(a: Array, b: Array) -> Array:
     return out
 
 
-_local = threading.local()
+def add(a: Array, b: Array) -> Array:
+    """``a + b`` for two arrays of one shape, the first axis shared among the threads."""
+    out = np.empty(a.shape, np.result_type(a, b))
+
+    def task(_: int, rows: range, workspace: Workspace) -> None:
+        part = slice(rows.start, rows.stop)
+        np.add(a[part], b[part], out=out[part])
+
+    # An addition costs memory traffic rather than arithmetic.
+    run(task, pieces(len(a), 16 * a.size))
+    return out
 
 
-def workspace(slot: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Uninitialised memory of this thread, the same for each call with this `slot`."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    kept: dict[str, Array] = _local.__dict__
-    if slot not in kept or kept[slot].size < size:
-        kept[slot] = np.empty(size, np.uint8)
-    return kept[slot][:size].view(dtype).reshape(shape)
-
-
-# -- threads ---------------------------------------------------------------------------
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
-
-
-def _executor(size: int) -> ThreadPoolExecutor:
-    """A pool of at least `size` threads."""
-    global _pool, _pool_size
-    with _lock:
-        if _pool is None or _pool_size < size:
-            # One that another thread is still using ends when it is no longer referenced.
-            _pool = ThreadPoolExecutor(size, thread_name_prefix="bnext")
-            _pool_size = size
-        return _pool
-
-
+# -- threads of BLAS -------------------------------------------------------------------
 class _BlasLimit:
     """How many calls want serial BLAS, and how to end that."""
 
@@ -110,12 +110,17 @@ class _BlasLimit:
     limiter: Any = None
 
 
+_lock = threading.Lock()
 _limit = _BlasLimit()
 
 
 @contextmanager
-def _serial_blas() -> Iterator[None]:
-    """Hold NumPy's BLAS to one thread while any thread is in here."""
+def serial() -> Iterator[None]:
+    """Hold NumPy's BLAS to one thread while any thread is in here.
+
+    After a product of its own threads those spin for tens of milliseconds, and ours wait for a
+    processor.
+    """
     with _lock:
         if _limit.users == 0:
             if _limit.controller is None:
@@ -140,12 +145,12 @@ def _find_blas() -> Any:
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
-def _forget_threads() -> None:
-    """A child of fork has neither our threads nor the right to our locks."""
-    global _lock, _pool, _pool_size
+def _forget_other_threads() -> None:
+    """A child of fork does not have them; one may have held the lock."""
+    global _lock
     _lock = threading.Lock()
-    _pool, _pool_size = None, 0
+    _limit.users = 0
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+    os.register_at_fork(after_in_child=_forget_other_threads)

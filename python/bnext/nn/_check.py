@@ -82,7 +82,12 @@ def pair(
 
 
 def positions(
-    module: Module, size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)
+    module: Module,
+    size: tuple[int, ...],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair = (1, 1),
 ) -> Pair:
     """Number of window positions along each axis of an image; ValueError if none fits."""
     extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]

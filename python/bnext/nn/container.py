@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from bnext.nn import _blas
 from bnext.nn.module import Array, Backward, Module
 
 
@@ -99,7 +100,7 @@ class Residual(Module):
                 f"{self.label}: expected body and shortcut of one shape, "
                 f"got {body.shape} and {shortcut.shape}"
             )
-        return np.add(body, shortcut)
+        return _blas.add(body, shortcut)
 
     def __call__(self, x: Array) -> Array:
         x = np.asarray(x)
@@ -109,10 +110,10 @@ class Residual(Module):
         x = np.asarray(x)
         body, body_backward = self.body.forward(x)
         if self.shortcut is None:
-            return self._add(body, x), lambda grad: np.add(body_backward(grad), grad)
+            return self._add(body, x), lambda grad: _blas.add(body_backward(grad), grad)
         shortcut, shortcut_backward = self.shortcut.forward(x)
 
         def backward(grad: Array) -> Array:
-            return np.add(body_backward(grad), shortcut_backward(grad))
+            return _blas.add(body_backward(grad), shortcut_backward(grad))
 
         return self._add(body, shortcut), backward

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnext import random
-from bnext._core import col2im, im2col
+from bnext import _core, random
 from bnext.nn import _blas, _check
+from bnext.nn._blas import Workspace
 from bnext.nn.module import Array, Backward, Module, Parameter
 
-# A product with fewer columns, or with fewer multiplications, runs below BLAS's full speed:
-# small images are taken several at a time.
-_COLUMNS = 512
-_PRODUCT = 100_000
+# Bytes of windows or tiles to work on at a time: more no longer fit into a core's own cache, less
+# leaves too little between two returns to Python.
+_CHUNK = 1 << 21
+# Channels of a group from which on Winograd's matrix products are large enough to pay.
+_CHANNELS = 8
 
 
 class Conv2d(Module):
@@ -50,6 +51,8 @@ class Conv2d(Module):
     -----
     x is (N, in_channels, H, W) of `dtype`; y is (N, out_channels, H', W') with
     H' = floor((H + 2 p - d (k - 1) - 1) / s) + 1. Results do not depend on the number of threads.
+    Most 3x3 kernels with stride 1 take Winograd's algorithm, with 16 instead of 36 multiplications
+    for 4 outputs; a NaN or an infinity then spreads to all of the 2x2 outputs computed together.
 
     Raises
     ------
@@ -103,18 +106,26 @@ class Conv2d(Module):
             else None
         )
 
+    def _method(self, x: npt.ArrayLike) -> tuple[_Method, Array]:
+        """How to convolve `x`, and `x` as it is wanted."""
+        array = _check.images(self, x, channels=self.in_channels, dtype=self.dtype)
+        simple = self.stride == self.dilation == (1, 1) and self.kernel_size == (3, 3)
+        if simple and self.in_channels >= _CHANNELS * self.groups:
+            return _Winograd(self, array.shape), array
+        return _Windows(self, array.shape), array
+
     def __call__(self, x: npt.ArrayLike) -> Array:
-        return _Convolution(self, x).output()
+        method, array = self._method(x)
+        return method.output(array)
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
-        convolution = _Convolution(self, x)
-        y = convolution.output()
+        method, array = self._method(x)
+        y = method.output(array)
+        y_shape = y.shape
 
         def backward(grad_y: Array) -> Array:
-            grad_y = _check.gradient(self, grad_y, y_shape, self.dtype)
-            return convolution.gradients(grad_y)
+            return method.gradients(_check.gradient(self, grad_y, y_shape, self.dtype), array)
 
-        y_shape = y.shape
         return y, backward
 
     def extra_repr(self) -> str:
@@ -131,122 +142,224 @@ class Conv2d(Module):
         return ", ".join(shown)
 
 
-class _Convolution:
-    """One input of a `Conv2d`: how it is cut into matrix products, and those products.
+class _Method:
+    """A way to do a convolution with matrix products, for inputs of one shape.
 
-    The windows of a few samples become the columns of a matrix (K, columns), where K runs over
-    (channel of the group, kernel row, kernel column) as in the weight; then output, gradient of
-    the weight and gradient of the columns are one matrix product each. The columns are made
-    again in backward: keeping them would take 9 times the memory of x for a 3x3 kernel.
+    The samples are cut into pieces for the threads, the pieces into chunks that fit into the
+    cache; one chunk of one group of channels is the business of the subclasses. Nothing that is
+    large is kept for backward: it is cheaper to make it again than to fetch it from memory.
     """
 
-    def __init__(self, layer: Conv2d, x: npt.ArrayLike) -> None:
+    # Multiplications for each element of a weight at each output position.
+    _cost = 1.0
+
+    def __init__(self, layer: Conv2d, shape: tuple[int, ...]) -> None:
         self.layer = layer
-        self.x = x = _check.images(layer, x, channels=layer.in_channels, dtype=layer.dtype)
-        window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        self.window = window
-        self.plane = _check.positions(layer, x.shape[2:], *window)
+        self.plane = _check.positions(
+            layer, shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        )
+        inputs, outputs = (
+            channels // layer.groups for channels in (layer.in_channels, layer.out_channels)
+        )
         self.groups = [
-            (
-                slice(
-                    g * layer.in_channels // layer.groups,
-                    (g + 1) * layer.in_channels // layer.groups,
-                ),
-                slice(
-                    g * layer.out_channels // layer.groups,
-                    (g + 1) * layer.out_channels // layer.groups,
-                ),
-            )
+            (slice(g * inputs, (g + 1) * inputs), slice(g * outputs, (g + 1) * outputs))
             for g in range(layer.groups)
         ]
-        # Groups, rows, K: a matrix for each group.
-        self.weight = layer.weight.data.reshape(
-            layer.groups, layer.out_channels // layer.groups, -1
-        )
-        self.area = math.prod(self.plane)
-        product = self.weight[0].size * self.area
-        self.samples = max(
-            1, -(-_COLUMNS // self.area) if self.area < _COLUMNS // 2 else 1, _PRODUCT // product
-        )
-        self.pieces = _blas.pieces(len(x), len(x) * product * layer.groups)
-        # The columns of one sample are the sample itself.
-        self.pointwise = window == ((1, 1), (1, 1), (0, 0), (1, 1)) and self.samples == 1
+        weight = layer.weight.data
+        with _blas.serial():
+            self.matrices = self.transform(weight.reshape(layer.groups, outputs, *weight.shape[1:]))
+        work = self._cost * shape[0] * weight.size * math.prod(self.plane)
+        self.pieces = _blas.pieces(shape[0], int(work))
+        self.chunk = max(1, _CHUNK // (self.values(inputs, outputs) * weight.itemsize))
 
     def chunks(self, piece: range) -> list[slice]:
-        """The samples of a piece, as many at a time as one product takes."""
-        return [
-            slice(start, min(start + self.samples, piece.stop)) for start in piece[:: self.samples]
-        ]
+        """The samples of a piece, as many at a time as are worked on at once."""
+        return [slice(i, min(i + self.chunk, piece.stop)) for i in piece[:: self.chunk]]
 
-    def columns(self, x: Array) -> Array:
-        """The windows of the samples `x` as columns (K, columns)."""
-        if self.pointwise:
-            return x.reshape(x.shape[1], -1)
-        shape = (self.weight.shape[2], len(x) * self.area)
-        columns = _blas.workspace("columns", shape, x.dtype)
-        im2col(x, columns, *self.window)
-        return columns
-
-    def output(self) -> Array:
-        layer, x = self.layer, self.x
+    def output(self, x: Array) -> Array:
+        layer = self.layer
         y = np.empty((len(x), layer.out_channels, *self.plane), x.dtype)
-        rows = y.reshape(len(x), layer.out_channels, self.area)
-        bias = None if layer.bias is None else layer.bias.data[:, np.newaxis]
 
-        def task(_: int, piece: range) -> None:
+        def task(_: int, piece: range, workspace: Workspace) -> None:
             for chunk in self.chunks(piece):
-                for weight, (inputs, outputs) in zip(self.weight, self.groups, strict=True):
-                    columns = self.columns(x[chunk, inputs])
-                    to = rows[chunk, outputs]
-                    if len(to) == 1:
-                        np.matmul(weight, columns, out=to[0])
-                    else:
-                        product = _blas.workspace(
-                            "product", (len(weight), columns.shape[1]), x.dtype
-                        )
-                        np.matmul(weight, columns, out=product)
-                        to[...] = product.reshape(len(weight), len(to), -1).transpose(1, 0, 2)
-                if bias is not None:
-                    rows[chunk] += bias
+                for matrix, (inputs, outputs) in zip(self.matrices, self.groups, strict=True):
+                    self.convolve(matrix, x[chunk, inputs], y[chunk, outputs], workspace)
+                if layer.bias is not None:
+                    y[chunk] += layer.bias.data[:, np.newaxis, np.newaxis]
 
         _blas.run(task, self.pieces)
         return y
 
-    def gradients(self, grad_y: Array) -> Array:
-        """Accumulate the gradients of the parameters; return that of x."""
-        layer, x = self.layer, self.x
+    def gradients(self, grad_y: Array, x: Array) -> Array:
+        """Accumulate the gradients of the parameters; return that of `x`."""
+        layer = self.layer
         grad_x = np.empty_like(x)
-        rows = grad_y.reshape(len(x), layer.out_channels, self.area)
-        weight_sums = np.zeros((len(self.pieces), *self.weight.shape), x.dtype)
+        # A sum for each piece, and then over the pieces: the same order for any number of threads.
+        sums = np.zeros((len(self.pieces), *self.matrices.shape), x.dtype)
         bias_sums = np.zeros((len(self.pieces), layer.out_channels), x.dtype)
 
-        def task(index: int, piece: range) -> None:
+        def task(index: int, piece: range, workspace: Workspace) -> None:
             for chunk in self.chunks(piece):
                 for group, (inputs, outputs) in enumerate(self.groups):
-                    weight, weight_sum = self.weight[group], weight_sums[index, group]
-                    columns = self.columns(x[chunk, inputs])
-                    grad = rows[chunk, outputs]
-                    if len(grad) == 1:
-                        grad = grad[0]
-                    else:
-                        product = _blas.workspace(
-                            "product", (len(weight), columns.shape[1]), x.dtype
-                        )
-                        product.reshape(len(weight), len(grad), -1)[...] = grad.transpose(1, 0, 2)
-                        grad = product
-                    term = _blas.workspace("term", weight.shape, x.dtype)
-                    weight_sum += np.matmul(grad, columns.T, out=term)
-                    to = grad_x[chunk, inputs]
-                    if self.pointwise:
-                        np.matmul(weight.T, grad, out=to.reshape(columns.shape))
-                    else:
-                        np.matmul(weight.T, grad, out=columns)
-                        col2im(columns, to, *self.window)
+                    matrix, total = self.matrices[group], sums[index, group]
+                    first = chunk.start == piece.start
+                    term = total if first else workspace("term", total.shape, x.dtype)
+                    self.differentiate(
+                        matrix,
+                        x[chunk, inputs],
+                        grad_y[chunk, outputs],
+                        grad_x[chunk, inputs],
+                        term,
+                        workspace,
+                    )
+                    if not first:
+                        total += term
                 if layer.bias is not None:
-                    bias_sums[index] += rows[chunk].sum(axis=(0, 2))
+                    bias_sums[index] += grad_y[chunk].sum(axis=(0, 2, 3))
 
         _blas.run(task, self.pieces)
-        layer.weight.accumulate(weight_sums.sum(axis=0).reshape(layer.weight.data.shape))
+        with _blas.serial():
+            grad = self.transform_transpose(sums.sum(axis=0))
+        layer.weight.accumulate(grad.reshape(layer.weight.data.shape))
         if layer.bias is not None:
             layer.bias.accumulate(bias_sums.sum(axis=0))
         return grad_x
+
+    def values(self, inputs: int, outputs: int) -> int:
+        """Elements of working memory for one sample of a group."""
+        raise NotImplementedError
+
+    def transform(self, weight: Array) -> Array:
+        """What `convolve` wants for each group, of weights (groups, O, C, kernel)."""
+        raise NotImplementedError
+
+    def transform_transpose(self, grad: Array) -> Array:
+        """The gradient of the weights from that of what `transform` makes of them."""
+        raise NotImplementedError
+
+    def convolve(self, matrix: Array, x: Array, y: Array, workspace: Workspace) -> None:
+        """Write the convolution of `x` (B, C, H, W) to `y` (B, O, H', W')."""
+        raise NotImplementedError
+
+    def differentiate(
+        self,
+        matrix: Array,
+        x: Array,
+        grad_y: Array,
+        grad_x: Array,
+        grad_matrix: Array,
+        workspace: Workspace,
+    ) -> None:
+        """Write the gradients of `x` and of `matrix`."""
+        raise NotImplementedError
+
+
+class _Windows(_Method):
+    """The windows of a sample as the columns of a matrix (K, positions).
+
+    K runs over channel, kernel row and kernel column, as in the weight.
+    """
+
+    def __init__(self, layer: Conv2d, shape: tuple[int, ...]) -> None:
+        self.window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        # Then a sample is that matrix already.
+        self.pointwise = self.window == ((1, 1), (1, 1), (0, 0), (1, 1))
+        super().__init__(layer, shape)
+
+    def values(self, inputs: int, outputs: int) -> int:
+        return inputs * math.prod(self.layer.kernel_size) * math.prod(self.plane)
+
+    def transform(self, weight: Array) -> Array:
+        return weight.reshape(*weight.shape[:2], -1)
+
+    def transform_transpose(self, grad: Array) -> Array:
+        return grad
+
+    def columns(self, matrix: Array, x: Array, workspace: Workspace) -> Array:
+        shape = (len(x), matrix.shape[1], math.prod(self.plane))
+        if self.pointwise:
+            return x.reshape(shape)
+        columns = workspace("columns", shape, x.dtype)
+        _core.im2col(x, columns, *self.window)
+        return columns
+
+    def convolve(self, matrix: Array, x: Array, y: Array, workspace: Workspace) -> None:
+        np.matmul(matrix, self.columns(matrix, x, workspace), out=y.reshape(*y.shape[:2], -1))
+
+    def differentiate(
+        self,
+        matrix: Array,
+        x: Array,
+        grad_y: Array,
+        grad_x: Array,
+        grad_matrix: Array,
+        workspace: Workspace,
+    ) -> None:
+        columns = self.columns(matrix, x, workspace)
+        grad = grad_y.reshape(*grad_y.shape[:2], -1)
+        terms = workspace("terms", (len(x), *matrix.shape), x.dtype)
+        np.matmul(grad, columns.transpose(0, 2, 1), out=terms)
+        np.sum(terms, axis=0, out=grad_matrix)
+        if self.pointwise:
+            np.matmul(matrix.T, grad, out=grad_x.reshape(columns.shape))
+        else:
+            np.matmul(matrix.T, grad, out=columns)
+            _core.col2im(columns, grad_x, *self.window)
+
+
+class _Winograd(_Method):
+    """3x3 with stride 1: Winograd's F(2x2, 3x3), explained in cpp/core/winograd.hpp.
+
+    Each of the 16 elements of the transformed tiles is a matrix product over the channels.
+    """
+
+    _cost = 16 / 36
+    _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    # G g G^T as a matrix times g: row (i, j), column (k, l).
+    _GG = np.kron(_G, _G)
+
+    @property
+    def tiles(self) -> int:
+        return math.prod((size + 1) // 2 for size in self.plane)
+
+    def values(self, inputs: int, outputs: int) -> int:
+        return 16 * (inputs + outputs) * self.tiles
+
+    def transform(self, weight: Array) -> Array:
+        groups, outputs, inputs = weight.shape[:3]
+        kernels = weight.reshape(groups, -1, 9).transpose(0, 2, 1)
+        return (self._GG.astype(weight.dtype) @ kernels).reshape(groups, 16, outputs, inputs)
+
+    def transform_transpose(self, grad: Array) -> Array:
+        tiles = grad.reshape(len(grad), 16, -1).transpose(0, 2, 1)
+        kernels: Array = np.matmul(tiles, self._GG.astype(grad.dtype))
+        return kernels
+
+    def input_tiles(self, x: Array, workspace: Workspace) -> Array:
+        tiles = workspace("input tiles", (16, x.shape[1], len(x) * self.tiles), x.dtype)
+        _core.winograd_input(x, tiles, self.layer.padding)
+        return tiles
+
+    def output_tiles(self, y: Array, workspace: Workspace) -> Array:
+        return workspace("output tiles", (16, y.shape[1], len(y) * self.tiles), y.dtype)
+
+    def convolve(self, matrix: Array, x: Array, y: Array, workspace: Workspace) -> None:
+        tiles = self.output_tiles(y, workspace)
+        np.matmul(matrix, self.input_tiles(x, workspace), out=tiles)
+        _core.winograd_output(tiles, y)
+
+    def differentiate(
+        self,
+        matrix: Array,
+        x: Array,
+        grad_y: Array,
+        grad_x: Array,
+        grad_matrix: Array,
+        workspace: Workspace,
+    ) -> None:
+        tiles = self.input_tiles(x, workspace)
+        grad_tiles = self.output_tiles(grad_y, workspace)
+        _core.winograd_output_transpose(grad_y, grad_tiles)
+        np.matmul(grad_tiles, tiles.transpose(0, 2, 1), out=grad_matrix)
+        np.matmul(matrix.transpose(0, 2, 1), grad_tiles, out=tiles)
+        _core.winograd_input_transpose(tiles, grad_x, self.layer.padding)
