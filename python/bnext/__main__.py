@@ -1,0 +1,5 @@
+import sys
+
+from bnext.cli import main
+
+sys.exit(main())
