@@ -59,7 +59,7 @@ def _checksum(arrays: Mapping[str, Array], document: str) -> str:
     for key in sorted(arrays):
         array = arrays[key]
         crc = zlib.crc32(f"{key} {array.dtype.str} {array.shape}".encode(), crc)
-        crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 
@@ -84,7 +84,10 @@ def save(
         Without safetensors.
     """
     safetensors_numpy = _extras.require("safetensors.numpy", "saving a checkpoint")
-    arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+    arrays = {
+        key: np.asarray(array, array.dtype.newbyteorder("="), order="C")
+        for key, array in arrays.items()
+    }
     document = json.dumps(metadata)
     header = {
         "format": "bnext",
@@ -115,11 +118,11 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
             header = file.metadata() or {}
             _check_format(path, header)
             arrays = {key: file.get_tensor(key) for key in file.keys()}
-    # TypeError: a damaged dtype that safetensors knows and NumPy does not.
-    except (safetensors.SafetensorError, TypeError) as error:
+    # AttributeError, TypeError: a damaged dtype that safetensors knows and NumPy does not.
+    except (safetensors.SafetensorError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: truncated, corrupt or no checkpoint ({error})") from error
-    document = header.get("document", "")
-    if _checksum(arrays, document) != header.get("crc32"):
+    document = header.get("document")
+    if document is None or _checksum(arrays, document) != header.get("crc32"):
         raise CheckpointError(f"{path}: corrupt: the content does not match its checksum")
     return arrays, json.loads(document)
 
@@ -128,7 +131,7 @@ def _check_format(path: Path, header: Mapping[str, str]) -> None:
     if header.get("format") != "bnext":
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of bnext")
     version = header.get("version", "")
-    if not version.isdecimal() or int(version) > _VERSION:
+    if not version.isdecimal() or not 1 <= int(version) <= _VERSION:
         raise CheckpointError(
             f"{path}: checkpoint format {version or 'unknown'}; "
             f"this version of bnext reads up to format {_VERSION}"

@@ -30,7 +30,7 @@ def softmax_cross_entropy(
     Returns
     -------
     loss : float
-        Not finite where a logit is not.
+        Not finite if a logit is NaN or +inf, or the logit of a label is -inf.
     backward : callable
         ``backward() -> grad_logits``, shape (N, K), dtype of `logits`:
         (softmax(z) - one_hot(y)) / N.
@@ -80,7 +80,7 @@ def softmax_cross_entropy(
 
     def backward() -> Array:
         with np.errstate(invalid="ignore"):
-            grad = exponentials / sums
+            grad: Array = exponentials / sums
         grad[rows, labels] -= 1
         grad /= n
         return grad.astype(logits.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bnext.nn.module import Array, Parameter
+from bnext.nn.module import Array, Parameter, number
 
 __all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
 
@@ -76,7 +76,7 @@ class Optimizer:
 
     def _checked(self, name: str, value: float, *, below: float = math.inf) -> float:
         # A comparison with NaN is false, so NaN fails here too.
-        if not 0 <= value < below:
+        if not 0 <= number(self._name, name, value) < below:
             expected = f"a number in [0, {below:g})" if below < math.inf else "a finite number >= 0"
             raise ValueError(f"{self._name}: {name}: expected {expected}, got {value!r}")
         return float(value)
@@ -155,9 +155,14 @@ class Optimizer:
         ]
         if problems:
             raise ValueError(f"{self._name}.load_state_dict: " + "; ".join(sorted(problems)))
+        steps = {name: int(state[f"step.{name}"]) for name in self._steps}
+        for name, step in steps.items():
+            if step < 0:
+                raise ValueError(
+                    f"{self._name}.load_state_dict: 'step.{name}': expected 0 or more, got {step}"
+                )
         self.lr = float(state["lr"])
-        for name in self._steps:
-            self._steps[name] = int(state[f"step.{name}"])
+        self._steps = steps
         for key, array in self._state.items():
             array[...] = state[key]
 
@@ -189,7 +194,7 @@ class SGD(Optimizer):
     array([0.95, 1.9 ])
     """
 
-    _slots = ("momentum",)
+    _slots: tuple[str, ...] = ("momentum",)
 
     def __init__(
         self,
@@ -267,6 +272,8 @@ class Adam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        if np.shape(betas) != (2,):
+            raise ValueError(f"{self._name}: betas: expected two numbers, got {betas!r}")
         beta_1, beta_2 = betas
         self._betas = (
             self._checked("betas", beta_1, below=1),

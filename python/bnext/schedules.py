@@ -24,7 +24,7 @@ class Schedule:
 
     def __init__(self, lr: float, *, warmup: int = 0) -> None:
         self._check("lr", lr, "a finite number > 0", 0 < lr < math.inf)
-        self._check("warmup", warmup, "a whole number of steps >= 0", warmup == int(warmup) >= 0)
+        self._check("warmup", warmup, "a whole number of steps >= 0", warmup % 1 == 0 <= warmup)
         self.lr = lr
         self.warmup = int(warmup)
 
@@ -75,7 +75,7 @@ class Step(Schedule):
 
     def __init__(self, lr: float, *, every: int, gamma: float = 0.1, warmup: int = 0) -> None:
         super().__init__(lr, warmup=warmup)
-        self._check("every", every, "a whole number of steps >= 1", every == int(every) >= 1)
+        self._check("every", every, "a whole number of steps >= 1", every % 1 == 0 < every)
         self._check("gamma", gamma, "a number in (0, 1]", 0 < gamma <= 1)
         self.every = int(every)
         self.gamma = gamma
@@ -106,7 +106,10 @@ class Cosine(Schedule):
     def __init__(self, lr: float, *, total: int, final: float = 0.0, warmup: int = 0) -> None:
         super().__init__(lr, warmup=warmup)
         self._check(
-            "total", total, f"more steps than the warm-up's {warmup}", total == int(total) > warmup
+            "total",
+            total,
+            f"more steps than the warm-up's {warmup}",
+            total % 1 == 0 < total - warmup,
         )
         self._check("final", final, "a number in [0, 1]", 0 <= final <= 1)
         self.total = int(total)
@@ -133,8 +136,12 @@ def build(
     Raises
     ------
     ValueError
-        If `name` is unknown, or the warm-up is negative or leaves no epoch to train.
+        If `name` is unknown, there is no step to train, or the warm-up is negative or leaves
+        no epoch to train.
     """
+    for argument, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+        if value < 1:
+            raise ValueError(f"schedules.build: {argument}: expected 1 or more, got {value}")
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(
             f"schedules.build: warmup_epochs: expected a number from 0 to below "

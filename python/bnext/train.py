@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from bnext.data import Augment, DataError, Dataset, Normalizer, batches, num_bat
 from bnext.losses import softmax_cross_entropy
 from bnext.nn.module import Array, Module
 from bnext.optim import Optimizer
+
+if TYPE_CHECKING:
+    from bnext._core import _GeneratorState
 
 __all__ = [
     "Metrics",
@@ -133,7 +136,7 @@ class Snapshot:
     history: list[Record]
     step: int
     seed: int
-    dropout: dict[str, int]
+    dropout: _GeneratorState
     dataset: dict[str, Any]
     config: dict[str, Any]
 
