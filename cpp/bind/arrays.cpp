@@ -2,7 +2,9 @@
 
 #include <atomic>
 #include <limits>
+#include <memory>
 
+#include "bind/buffers.hpp"
 #include "bnext/lists.hpp"
 #include "core/check.hpp"
 
@@ -61,10 +63,14 @@ Shape shape_of(const py::array& array) {
 }  // namespace
 
 py::array input(const char* operation, const char* argument, py::handle object) {
-  const bool plain = py::isinstance<py::array>(object);
   // Exact arrays are the usual case; only others can be masked.
-  if (!plain || Py_TYPE(object.ptr()) != py::detail::npy_api::get().PyArray_Type_)
-    refuse_masked(operation, argument, object);
+  const bool exact = Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_;
+  if (exact) {
+    auto array = py::reinterpret_borrow<py::array>(object);
+    if (is_usable(array) && known(array.dtype())) return array;
+  }
+  const bool plain = exact || py::isinstance<py::array>(object);
+  if (!exact) refuse_masked(operation, argument, object);
   py::array array = py::module_::import("numpy").attr("asarray")(object);
   if (!known(array.dtype()))
     throw py::type_error(where(operation, argument) + "expected dtype " + dtype_names() + ", got " +
@@ -102,7 +108,18 @@ py::array output(const char* operation, py::handle out, const py::array& like) {
 }
 
 py::array new_array(const py::dtype& dtype, const Shape& shape) {
-  return py::array(dtype, shape);
+  std::size_t bytes = static_cast<std::size_t>(dtype.itemsize());
+  for (const std::int64_t size : shape) bytes *= static_cast<std::size_t>(size);
+  // NumPy's own allocator is quicker for what fits into its caches.
+  constexpr std::size_t worth_keeping = 1 << 16;
+  if (bytes < worth_keeping) return py::array(dtype, shape);
+  Buffer buffer = take_buffer(bytes);
+  const auto give_back = [](void* owner) { delete static_cast<Buffer*>(owner); };
+  auto owner = std::make_unique<Buffer>(std::move(buffer));
+  void* const memory = owner->get();
+  const py::capsule capsule(owner.get(), give_back);
+  owner.release();
+  return py::array(dtype, shape, memory, capsule);
 }
 
 Array view(const py::array& array) {

@@ -1,6 +1,8 @@
 #include "bnext/runtime.hpp"
 
 #include "bind/arrays.hpp"
+#include "bind/buffers.hpp"
+#include "core/check.hpp"
 
 namespace bnext::bind {
 namespace {
@@ -13,6 +15,31 @@ py::list list_backends() {
 
 void set_threads(py::handle n) {
   set_num_threads(integer("set_num_threads", "n", n));
+}
+
+py::dict buffer_stats() {
+  const BufferStatistics s = buffer_statistics();
+  py::dict stats;
+  stats["limit"] = s.limit;
+  stats["kept"] = s.kept;
+  stats["reused"] = s.reused;
+  stats["made"] = s.made;
+  return stats;
+}
+
+void set_limit(py::handle bytes) {
+  const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(bytes.ptr()));
+  if (!index) {
+    PyErr_Clear();
+    throw py::type_error("set_buffer_limit: bytes: expected an integer, got " + type_name(bytes));
+  }
+  const long long value = PyLong_AsLongLong(index.ptr());
+  if (PyErr_Occurred() || value < 0) {
+    PyErr_Clear();
+    throw py::value_error("set_buffer_limit: bytes: expected 0 or more, got " +
+                          py::str(index).cast<std::string>());
+  }
+  set_buffer_limit(value);
 }
 
 }  // namespace
@@ -40,6 +67,25 @@ ValueError
     If `n` is below 1.
 TypeError
     If `n` is no integer.)");
+  m.def("buffer_stats", buffer_stats,
+        R"(Memory of results that is used again once the array that held it is gone.
+
+Returns
+-------
+dict
+    Bytes: ``limit``, at most so many are kept for their next use; ``kept``, so many are.
+    Counts: ``reused``, results that took used memory; ``made``, those that took new memory.)");
+  m.def("set_buffer_limit", set_limit, py::arg("bytes"),
+        R"(Keep at most `bytes` of the memory of results for their next use, by default 1 GiB.
+
+0 turns the reuse off; what is above the limit is freed at once.
+
+Raises
+------
+ValueError
+    If `bytes` is negative.
+TypeError
+    If it is no integer.)");
   m.def("has_openmp", bnext::has_openmp, "Whether bnext was compiled with OpenMP.");
   m.def("pause_threads", bnext::pause_threads, "To be called before os.fork().");
   m.def("copy_count", copy_count,

@@ -82,10 +82,11 @@ BNEXT_HD static inline T apply(const GradAffine<T>& f, T g, T x) {
   return f.g_scale * (g - f.g_mean) + f.x_scale * (x - f.x_mean) + f.shift;
 }
 
-// Epilogues: value(z) and its derivative, of the normalised z. NaN stays NaN.
+// Epilogues: value(z) and its derivative, of the normalised z; linear: value(z) = z. NaN stays NaN.
 namespace epilogue {
 namespace {
 struct none {
+  static constexpr bool linear = true;
   template <class T>
   BNEXT_HD static T value(T z, T) {
     return z;
@@ -96,6 +97,7 @@ struct none {
   }
 };
 struct relu {
+  static constexpr bool linear = false;
   template <class T>
   BNEXT_HD static T value(T z, T) {
     return z <= 0 ? 0 : z;
@@ -106,6 +108,7 @@ struct relu {
   }
 };
 struct leaky_relu {
+  static constexpr bool linear = false;
   template <class T>
   BNEXT_HD static T value(T z, T slope) {
     return z > 0 ? z : z * slope;

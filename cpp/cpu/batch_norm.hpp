@@ -9,28 +9,142 @@
 namespace bnext {
 namespace {
 
-// -- rows: one channel, in runs of contiguous values ---------------------------------------------
+// -- sums
+// ------------------------------------------------------------------------------------------
+
+// Sums of x - center and of its square.
+struct ShiftedSums {
+  double total, squares;
+};
+
+// float32 needs no center as a rule: products of two floats are exact in float64, and what cancels
+// in sum x^2 - (sum x)^2 / n is at most 30 of its 53 bits. Where more would, the sums are made
+// again around the mean. float64 has no such reserve and is always centered.
+template <class T>
+constexpr bool exact_products = sizeof(T) == 4;
+
+inline bool needs_center(const ShiftedSums& s, double count) {
+  return !(s.squares - s.total * (s.total / count) > 1e-9 * s.squares);
+}
+
+// Accumulates packs of one channel.
+template <class T, bool centered>
+struct MomentSums {
+  Pack<double> center, total{}, even{}, odd{};
+
+  explicit BNEXT_INLINE MomentSums(double center_) : center(broadcast(center_)) {}
+
+  // `count` packs at p.
+  BNEXT_INLINE void add(const T* p, std::int64_t count) {
+    std::int64_t k = 0;
+    for (; k + 2 <= count; k += 2, p += 2 * lanes) {
+      const Pack<double> a = shifted(load_wide(p)), b = shifted(load_wide(p + lanes));
+      total = total + (a + b);
+      even = square_add(a, even);
+      odd = square_add(b, odd);
+    }
+    if (k < count) add(load_wide(p));
+  }
+  BNEXT_INLINE void add(Pack<double> x) {
+    const Pack<double> a = shifted(x);
+    total = total + a;
+    even = square_add(a, even);
+  }
+  // Rows of the same columns: one sum of squares, not two.
+  BNEXT_INLINE void add(Pack<double> x, Pack<double> y) {
+    const Pack<double> a = shifted(x), b = shifted(y);
+    total = total + (a + b);
+    even = square_add(b, square_add(a, even));
+  }
+  BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(even + odd)}; }
+
+ private:
+  BNEXT_INLINE Pack<double> shifted(Pack<double> x) const {
+    if constexpr (centered) return x - center;
+    return x;
+  }
+  static BNEXT_INLINE Pack<double> square_add(Pack<double> a, Pack<double> sum) {
+    if constexpr (centered) return a * a + sum;
+    return multiply_add(a, a, sum);
+  }
+};
+
+// Accumulates gradients g and g x, or g (x - mean) where products are not exact.
+template <class T>
+struct GradientSums {
+  Pack<double> mean, total{}, even{}, odd{};
+
+  explicit BNEXT_INLINE GradientSums(double mean_) : mean(broadcast(mean_)) {}
+
+  BNEXT_INLINE void add(const T* g, const T* x, std::int64_t count) {
+    std::int64_t k = 0;
+    for (; k + 2 <= count; k += 2, g += 2 * lanes, x += 2 * lanes) {
+      const Pack<double> a = load_wide(g), b = load_wide(g + lanes);
+      total = total + (a + b);
+      even = product_add(a, load_wide(x), even);
+      odd = product_add(b, load_wide(x + lanes), odd);
+    }
+    if (k < count) add(load_wide(g), load_wide(x));
+  }
+  BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
+    total = total + g;
+    even = product_add(g, x, even);
+  }
+  // For a channel whose mean is `mean`.
+  BNEXT_INLINE GradSums sums(double of_mean) const {
+    return centered_sums(sum(total), sum(even + odd), of_mean);
+  }
+  static BNEXT_INLINE GradSums centered_sums(double g, double gx, double of_mean) {
+    return {g, exact_products<T> ? gx - of_mean * g : gx};
+  }
+  BNEXT_INLINE Pack<double> product_add(Pack<double> g, Pack<double> x, Pack<double> sum) const {
+    if constexpr (exact_products<T>) return multiply_add(g, x, sum);
+    return g * (x - mean) + sum;
+  }
+};
+
+// to[i] = g[i] times the derivative of the epilogue at x[i].
+template <class T, class Epilogue>
+BNEXT_INLINE void through_epilogue(const T* g, const T* x, std::int64_t length, const Affine<T>& f,
+                                   T slope, T* to) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < length; ++i)
+    to[i] = g[i] * Epilogue::derivative(apply(f, x[i]), slope);
+}
+
+// -- rows: one channel, in runs of contiguous values
+// -----------------------------------------------
 
 // Calls run(offset, length) for the contiguous runs of a tile.
 template <class Run>
-inline __attribute__((always_inline)) void for_each_run(const Grid& grid, std::int64_t channel,
-                                                        std::int64_t chunk, Run run) {
+BNEXT_INLINE void for_each_run(const Grid& grid, std::int64_t channel, std::int64_t chunk,
+                               Run run) {
   const Problem& p = grid.problem;
   std::int64_t value = grid.chunk_begin(chunk);
   const std::int64_t end = grid.chunk_end(chunk);
-  std::int64_t n = value / p.s, i = value % p.s;
+  std::int64_t i = value % p.s, offset = (value / p.s * p.c + channel) * p.s + i;
+  const std::int64_t stride = p.c * p.s;
   while (value < end) {
     const std::int64_t length = p.s - i < end - value ? p.s - i : end - value;
-    run((n * p.c + channel) * p.s + i, length);
+    run(offset, length);
     value += length;
-    ++n;
+    offset += stride - i;
     i = 0;
   }
 }
 
-template <class T>
-inline __attribute__((always_inline)) void pad(const T* from, std::int64_t length, T fill, T* to) {
-  for (std::int64_t l = 0; l < lanes; ++l) to[l] = l < length ? from[l] : fill;
+template <class T, bool centered>
+ShiftedSums shifted_sums_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk,
+                              const T* x, double center) {
+  MomentSums<T, centered> sums(center);
+  for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
+    const T* run = x + offset;
+    const std::int64_t whole = length / lanes;
+    sums.add(run, whole);
+    if (const std::int64_t rest = length % lanes)
+      sums.add(widen(load_first(run + whole * lanes, rest, static_cast<T>(center))));
+  });
+  return sums.sums();
 }
 
 template <class T>
@@ -38,30 +152,16 @@ void moments_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk, co
                   Moments* partials) {
   const Problem& p = grid.problem;
   const std::int64_t begin = grid.chunk_begin(chunk);
-  const T shift = x[(begin / p.s * p.c + channel) * p.s + begin % p.s];
-  const auto center = static_cast<double>(shift);
-  Wide total{}, squares{};
-  const auto add = [&](const T* values) __attribute__((always_inline)) {
-    const Wide v = load(values);
-    const f64x8 low = v.low - center, high = v.high - center;
-    total.low += low;
-    total.high += high;
-    squares.low += low * low;
-    squares.high += high * high;
-  };
-  for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
-    const T* run = x + offset;
-    std::int64_t i = 0;
-    for (; i + lanes <= length; i += lanes) add(run + i);
-    if (i < length) {
-      T padded[lanes];  // with the shift, which adds nothing
-      pad(run + i, length - i, shift, padded);
-      add(padded);
-    }
-  });
   const auto count = static_cast<double>(grid.chunk_end(chunk) - begin);
-  partials[channel * grid.chunks + chunk] =
-      moments_from_shifted(count, center, sum(total), sum(squares));
+  auto center = static_cast<double>(x[(begin / p.s * p.c + channel) * p.s + begin % p.s]);
+  ShiftedSums s{};
+  if constexpr (exact_products<T>) {
+    s = shifted_sums_rows<T, false>(grid, channel, chunk, x, 0);
+    center = needs_center(s, count) ? static_cast<double>(static_cast<T>(s.total / count)) : 0;
+  }
+  if (!exact_products<T> || !(center == 0))
+    s = shifted_sums_rows<T, true>(grid, channel, chunk, x, center);
+  partials[channel * grid.chunks + chunk] = moments_from_shifted(count, center, s.total, s.squares);
 }
 
 template <class T, class Epilogue>
@@ -70,40 +170,41 @@ void apply_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk, cons
   const Affine<T> f = forward[channel];
   for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
     const T* from = x + offset;
-    T* to = y + offset;
-#pragma omp simd
-    for (std::int64_t i = 0; i < length; ++i) to[i] = Epilogue::value(apply(f, from[i]), slope);
+    write(y + offset, length, grid.streaming,
+          [&](std::int64_t i) { return Epilogue::value(apply(f, from[i]), slope); });
   });
+  if (grid.streaming) finish_streaming();
 }
 
 template <class T, class Epilogue>
 void grad_sums_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk, const T* grad_y,
                     const T* x, const double* mean, const Affine<T>* forward, T slope,
                     GradSums* partials) {
-  const double center = mean[channel];
   const Affine<T> f = forward[channel];
-  Wide total{}, products{};
-  const auto add = [&](const T* g, const T* values) __attribute__((always_inline)) {
-    T scaled[lanes];
-    for (std::int64_t l = 0; l < lanes; ++l)
-      scaled[l] = g[l] * Epilogue::derivative(apply(f, values[l]), slope);
-    const Wide dg = load(scaled), v = load(values);
-    total.low += dg.low;
-    total.high += dg.high;
-    products.low += dg.low * (v.low - center);
-    products.high += dg.high * (v.high - center);
-  };
+  GradientSums<T> sums(mean[channel]);
+  constexpr std::int64_t block = 256;
   for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
-    std::int64_t i = 0;
-    for (; i + lanes <= length; i += lanes) add(grad_y + offset + i, x + offset + i);
-    if (i < length) {
-      T padded_g[lanes], padded_x[lanes];
-      pad(grad_y + offset + i, length - i, T{0}, padded_g);
-      pad(x + offset + i, length - i, f.mean, padded_x);
-      add(padded_g, padded_x);
+    const T *g = grad_y + offset, *values = x + offset;
+    const std::int64_t whole = length / lanes * lanes, rest = length - whole;
+    T passed[block] = {};
+    if constexpr (Epilogue::linear) {
+      sums.add(g, values, whole / lanes);
+    } else {
+      for (std::int64_t i = 0; i < whole; i += block) {
+        const std::int64_t count = whole - i < block ? whole - i : block;
+        through_epilogue<T, Epilogue>(g + i, values + i, count, f, slope, passed);
+        sums.add(passed, values + i, count / lanes);
+      }
     }
+    if (rest == 0) return;
+    const T* last = g + whole;
+    if constexpr (!Epilogue::linear) {
+      through_epilogue<T, Epilogue>(last, values + whole, rest, f, slope, passed);
+      last = passed;
+    }
+    sums.add(widen(load_first(last, rest, T{0})), widen(load_first(values + whole, rest, f.mean)));
   });
-  partials[channel * grid.chunks + chunk] = {sum(total), sum(products)};
+  partials[channel * grid.chunks + chunk] = sums.sums(mean[channel]);
 }
 
 template <class T, class Epilogue>
@@ -115,14 +216,15 @@ void apply_grad_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk,
   for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
     const T* g = grad_y + offset;
     const T* values = x + offset;
-    T* to = grad_x + offset;
-#pragma omp simd
-    for (std::int64_t i = 0; i < length; ++i)
-      to[i] = apply(b, g[i] * Epilogue::derivative(apply(f, values[i]), slope), values[i]);
+    write(grad_x + offset, length, grid.streaming, [&](std::int64_t i) {
+      return apply(b, g[i] * Epilogue::derivative(apply(f, values[i]), slope), values[i]);
+    });
   });
+  if (grid.streaming) finish_streaming();
 }
 
-// -- columns: some channels, as columns of a matrix ----------------------------------------------
+// -- columns: some channels, as columns of a matrix
+// ------------------------------------------------
 
 // The columns of one group: where they start, how many, and the channel of each.
 struct Columns {
@@ -137,17 +239,42 @@ struct Columns {
   }
 };
 
-// Calls column(w, channel) for w in [0, width), channels counted from the group's first.
-template <class Column>
-inline __attribute__((always_inline)) void for_each_column(const Grid& grid, const Columns& columns,
-                                                           Column column) {
-  std::int64_t w = 0;
+// Arrays over the columns of a group, with room for a whole pack at the end.
+constexpr std::int64_t max_columns = Grid::max_group_width + lanes;
+
+// to[w] = value(channel) for each column w, channels counted from the group's first.
+template <class T, class Value>
+BNEXT_INLINE void spread(const Grid& grid, const Columns& columns, T* __restrict to, Value value) {
   if (grid.problem.channels_last) {
-    for (std::int64_t r = 0; r < grid.replicas; ++r)
-      for (std::int64_t c = 0; c < columns.channels; ++c) column(w++, c);
+    for (std::int64_t c = 0; c < columns.channels; ++c) to[c] = value(c);
+    for (std::int64_t w = columns.channels; w < columns.width; ++w)
+      to[w] = to[w - columns.channels];
   } else {
-    for (std::int64_t c = 0; c < columns.channels; ++c)
-      for (std::int64_t i = 0; i < grid.problem.s; ++i) column(w++, c);
+    const std::int64_t s = grid.problem.s;
+    for (std::int64_t c = 0; c < columns.channels; ++c) {
+      const T v = value(c);
+      for (std::int64_t i = 0; i < s; ++i) to[c * s + i] = v;
+    }
+  }
+  for (std::int64_t w = columns.width; w < columns.width + lanes; ++w) to[w] = 0;
+}
+
+// sums[c] = the sum of the columns of channel c. `columns_of` may be overwritten.
+BNEXT_INLINE void gather(const Grid& grid, const Columns& columns, double* __restrict columns_of,
+                         double* __restrict sums) {
+  if (grid.problem.channels_last) {
+    for (std::int64_t c = 0; c < columns.channels; ++c) sums[c] = columns_of[c];
+    for (std::int64_t w = columns.channels; w < columns.width; w += columns.channels)
+      for (std::int64_t c = 0; c < columns.channels; ++c) sums[c] += columns_of[w + c];
+    return;
+  }
+  const std::int64_t s = grid.problem.s;
+  for (std::int64_t c = 0; c < columns.channels; ++c) {
+    Pack<double> total{};
+    std::int64_t i = 0;
+    for (; i + lanes <= s; i += lanes) total = total + load(columns_of + c * s + i);
+    if (i < s) total = total + load_first(columns_of + c * s + i, s - i, 0.0);
+    sums[c] = sum(total);
   }
 }
 
@@ -156,64 +283,103 @@ inline std::int64_t row_width(const Grid& grid, const Columns& columns, std::int
   return r + 1 < grid.rows || grid.replicas == 1 ? columns.width : grid.last_width;
 }
 
-// Calls body(r, width, count) for runs of `count` rows, 4 where possible, of equal width.
+// Rows whose sums stay in registers.
+constexpr std::int64_t row_block = 8;
+
+// Calls body(r, count, width) for blocks of rows [r, r + count) of equal width.
 template <class Body>
-inline __attribute__((always_inline)) void for_each_rows(const Grid& grid, const Columns& columns,
-                                                         std::int64_t chunk, Body body) {
-  std::int64_t r = grid.chunk_begin(chunk);
+BNEXT_INLINE void for_each_rows(const Grid& grid, const Columns& columns, std::int64_t chunk,
+                                Body body) {
   const std::int64_t end = grid.chunk_end(chunk);
-  while (r < end) {
-    const bool four = r + 4 <= end && row_width(grid, columns, r + 3) == columns.width;
-    body(r, row_width(grid, columns, r), four ? 4 : 1);
-    r += four ? 4 : 1;
-  }
+  const bool short_end = row_width(grid, columns, end - 1) != columns.width;
+  const std::int64_t whole = short_end ? end - 1 : end;
+  std::int64_t r = grid.chunk_begin(chunk);
+  for (; r + row_block <= whole; r += row_block) body(r, row_block, columns.width);
+  if (r < whole) body(r, whole - r, columns.width);
+  if (short_end) body(end - 1, 1, row_width(grid, columns, end - 1));
+}
+
+// Rows [0, count) of sixteen columns, added to the columns' sums. `read` loads a pack.
+template <class T, bool centered, class Read>
+BNEXT_INLINE void add_columns(std::int64_t count, const double* center, Read read, double* total,
+                              double* squares) {
+  MomentSums<T, centered> sums(0);
+  if constexpr (centered) sums.center = load(center);
+  sums.total = load(total);
+  sums.even = load(squares);
+  std::int64_t k = 0;
+  for (; k + 2 <= count; k += 2) sums.add(read(k), read(k + 1));
+  if (k < count) sums.add(read(k));
+  store(sums.total, total);
+  store(sums.even, squares);
+}
+
+template <class T, bool centered>
+void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t chunk, const T* x,
+                          const double* center, double* total, double* squares) {
+  for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = squares[w] = 0;
+  for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
+    const T* row = x + r * grid.width + columns.first;
+    std::int64_t w = 0;
+    for (; w + lanes <= width; w += lanes) {
+      const auto read = [&](std::int64_t k) __attribute__((always_inline)) {
+        return load_wide(row + k * grid.width + w);
+      };
+      if (count == row_block)
+        add_columns<T, centered>(row_block, center + w, read, total + w, squares + w);
+      else
+        add_columns<T, centered>(count, center + w, read, total + w, squares + w);
+    }
+    for (; w < width; ++w)
+      for (std::int64_t k = 0; k < count; ++k) {
+        double d = static_cast<double>(row[k * grid.width + w]);
+        if constexpr (centered) d -= center[w];
+        total[w] += d;
+        squares[w] += d * d;
+      }
+  });
 }
 
 template <class T>
 void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
                      Moments* partials) {
   const Columns columns(grid, group);
-  double center[Grid::max_group_width], total[Grid::max_group_width],
-      squares[Grid::max_group_width];
-  // Shift by the first value of each channel in this tile.
-  const T* head = x + grid.chunk_begin(chunk) * grid.width + columns.first;
-  const std::int64_t stride = grid.problem.channels_last ? 1 : grid.problem.s;
-  for_each_column(grid, columns, [&](std::int64_t w, std::int64_t c) {
-    center[w] = static_cast<double>(head[c * stride]);
-    total[w] = 0;
-    squares[w] = 0;
-  });
-  for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t width, int count) {
-    const T* row = x + r * grid.width + columns.first;
-    if (count == 4) {
-      const T *row1 = row + grid.width, *row2 = row1 + grid.width, *row3 = row2 + grid.width;
-#pragma omp simd
-      for (std::int64_t w = 0; w < width; ++w) {
-        const double a = row[w] - center[w], b = row1[w] - center[w], c = row2[w] - center[w],
-                     d = row3[w] - center[w];
-        total[w] += (a + b) + (c + d);
-        squares[w] += (a * a + b * b) + (c * c + d * d);
-      }
-      return;
-    }
-#pragma omp simd
-    for (std::int64_t w = 0; w < width; ++w) {
-      const double a = row[w] - center[w];
-      total[w] += a;
-      squares[w] += a * a;
-    }
-  });
-  double sums[Grid::max_group_width], sumsqs[Grid::max_group_width], centers[Grid::max_group_width];
-  for (std::int64_t c = 0; c < columns.channels; ++c) sums[c] = sumsqs[c] = 0;
-  for_each_column(grid, columns, [&](std::int64_t w, std::int64_t c) {
-    sums[c] += total[w];
-    sumsqs[c] += squares[w];
-    centers[c] = center[w];
-  });
+  double center[max_columns], total[max_columns], squares[max_columns];
+  double centers[Grid::max_group_width], sums[Grid::max_group_width], sumsqs[Grid::max_group_width];
+  const std::int64_t begin = grid.chunk_begin(chunk), rows = grid.chunk_end(chunk) - begin;
   // Values of one channel in this tile: a short last row has fewer.
-  const std::int64_t rows = grid.chunk_end(chunk) - grid.chunk_begin(chunk);
-  const std::int64_t missing = columns.width - row_width(grid, columns, grid.chunk_end(chunk) - 1);
+  const std::int64_t missing = columns.width - row_width(grid, columns, begin + rows - 1);
   const auto count = static_cast<double>((rows * columns.width - missing) / columns.channels);
+
+  bool again = !exact_products<T>;
+  if constexpr (exact_products<T>) {
+    shifted_sums_columns<T, false>(grid, columns, chunk, x, center, total, squares);
+    gather(grid, columns, total, sums);
+    gather(grid, columns, squares, sumsqs);
+    for (std::int64_t c = 0; c < columns.channels; ++c) {
+      const bool bad = needs_center({sums[c], sumsqs[c]}, count);
+      centers[c] = bad ? static_cast<double>(static_cast<T>(sums[c] / count)) : 0;
+      again |= !(centers[c] == 0);
+    }
+  } else {
+    const std::int64_t step = grid.problem.channels_last ? 1 : grid.problem.s;
+    const T* head = x + begin * grid.width + columns.first;
+    for (std::int64_t c = 0; c < columns.channels; ++c)
+      centers[c] = static_cast<double>(head[c * step]);
+  }
+  if (again) {
+    spread(grid, columns, center, [&](std::int64_t c) { return centers[c]; });
+    double centered_sums[Grid::max_group_width], centered_sumsqs[Grid::max_group_width];
+    shifted_sums_columns<T, true>(grid, columns, chunk, x, center, total, squares);
+    gather(grid, columns, total, centered_sums);
+    gather(grid, columns, squares, centered_sumsqs);
+    for (std::int64_t c = 0; c < columns.channels; ++c) {
+      // What one channel needs changes nothing in another.
+      if (exact_products<T> && centers[c] == 0) continue;
+      sums[c] = centered_sums[c];
+      sumsqs[c] = centered_sumsqs[c];
+    }
+  }
   for (std::int64_t c = 0; c < columns.channels; ++c)
     partials[(columns.first_channel + c) * grid.chunks + chunk] =
         moments_from_shifted(count, centers[c], sums[c], sumsqs[c]);
@@ -222,20 +388,16 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
 // Coefficients of each column, one array per field so that loops over columns are vectors.
 template <class T>
 struct ColumnAffine {
-  T mean[Grid::max_group_width], scale[Grid::max_group_width], shift[Grid::max_group_width];
+  T mean[max_columns], scale[max_columns], shift[max_columns];
 
   ColumnAffine(const Grid& grid, const Columns& columns, const Affine<T>* forward) {
-    for_each_column(grid, columns, [&](std::int64_t w, std::int64_t c) {
-      const Affine<T>& f = forward[columns.first_channel + c];
-      mean[w] = f.mean;
-      scale[w] = f.scale;
-      shift[w] = f.shift;
-    });
+    const Affine<T>* f = forward + columns.first_channel;
+    spread(grid, columns, mean, [&](std::int64_t c) { return f[c].mean; });
+    spread(grid, columns, scale, [&](std::int64_t c) { return f[c].scale; });
+    spread(grid, columns, shift, [&](std::int64_t c) { return f[c].shift; });
   }
 
-  inline __attribute__((always_inline)) Affine<T> operator[](std::int64_t w) const {
-    return {mean[w], scale[w], shift[w]};
-  }
+  BNEXT_INLINE Affine<T> operator[](std::int64_t w) const { return {mean[w], scale[w], shift[w]}; }
 };
 
 template <class T, class Epilogue>
@@ -245,11 +407,23 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
   const ColumnAffine<T> f(grid, columns, forward);
   for (std::int64_t r = grid.chunk_end(chunk); r-- > grid.chunk_begin(chunk);) {
     const T* from = x + r * grid.width + columns.first;
-    T* to = y + r * grid.width + columns.first;
-    const std::int64_t width = row_width(grid, columns, r);
-#pragma omp simd
-    for (std::int64_t w = 0; w < width; ++w) to[w] = Epilogue::value(apply(f[w], from[w]), slope);
+    write(y + r * grid.width + columns.first, row_width(grid, columns, r), grid.streaming,
+          [&](std::int64_t w) { return Epilogue::value(apply(f[w], from[w]), slope); });
   }
+  if (grid.streaming) finish_streaming();
+}
+
+// Rows [0, count) of sixteen columns of gradients and values, added to the columns' sums.
+template <class T, class ReadG, class ReadX>
+BNEXT_INLINE void add_grad_columns(std::int64_t count, const double* mean, ReadG read_g,
+                                   ReadX read_x, double* total, double* products) {
+  GradientSums<T> sums(0);
+  if constexpr (!exact_products<T>) sums.mean = load(mean);
+  sums.total = load(total);
+  sums.even = load(products);
+  for (std::int64_t k = 0; k < count; ++k) sums.add(read_g(k), read_x(k));
+  store(sums.total, total);
+  store(sums.even, products);
 }
 
 template <class T, class Epilogue>
@@ -257,33 +431,60 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
                        const T* x, const double* mean, const Affine<T>* forward, T slope,
                        GradSums* partials) {
   const Columns columns(grid, group);
+  double center[max_columns], total[max_columns], products[max_columns],
+      sums_g[Grid::max_group_width], sums_gx[Grid::max_group_width];
+  mean += columns.first_channel;
+  if constexpr (!exact_products<T>)
+    spread(grid, columns, center, [&](std::int64_t c) { return mean[c]; });
   const ColumnAffine<T> f(grid, columns, forward);
-  double center[Grid::max_group_width], total[Grid::max_group_width],
-      products[Grid::max_group_width];
-  for_each_column(grid, columns, [&](std::int64_t w, std::int64_t c) {
-    center[w] = mean[columns.first_channel + c];
-    total[w] = 0;
-    products[w] = 0;
-  });
-  for (std::int64_t r = grid.chunk_begin(chunk); r < grid.chunk_end(chunk); ++r) {
+  for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
+
+  for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
     const T* g = grad_y + r * grid.width + columns.first;
     const T* values = x + r * grid.width + columns.first;
-    const std::int64_t width = row_width(grid, columns, r);
+    T passed[lanes] = {};
+    std::int64_t w = 0;
+    const auto read_g = [&](std::int64_t k) __attribute__((always_inline)) {
+      const T* from = g + k * grid.width + w;
+      if constexpr (!Epilogue::linear) {
+        const T* at = values + k * grid.width + w;
 #pragma omp simd
-    for (std::int64_t w = 0; w < width; ++w) {
-      const double dg = g[w] * Epilogue::derivative(apply(f[w], values[w]), slope);
-      total[w] += dg;
-      products[w] += dg * (values[w] - center[w]);
+        for (std::int64_t l = 0; l < lanes; ++l)
+          passed[l] = from[l] * Epilogue::derivative(apply(f[w + l], at[l]), slope);
+        from = passed;
+      }
+      return load_wide(from);
+    };
+    const auto read_x = [&](std::int64_t k) __attribute__((always_inline)) {
+      return load_wide(values + k * grid.width + w);
+    };
+    for (; w + lanes <= width; w += lanes) {
+      if (count == row_block)
+        add_grad_columns<T>(row_block, center + w, read_g, read_x, total + w, products + w);
+      else
+        add_grad_columns<T>(count, center + w, read_g, read_x, total + w, products + w);
     }
-  }
-  GradSums sums[Grid::max_group_width];
-  for (std::int64_t c = 0; c < columns.channels; ++c) sums[c] = {0, 0};
-  for_each_column(grid, columns, [&](std::int64_t w, std::int64_t c) {
-    sums[c].g += total[w];
-    sums[c].gx += products[w];
+    if (w == width) return;
+    const std::int64_t rest = width - w;
+    add_grad_columns<T>(
+        count, center + w,
+        [&](std::int64_t k) {
+          const T *from = g + k * grid.width + w, *at = values + k * grid.width + w;
+          if constexpr (!Epilogue::linear) {
+            for (std::int64_t l = 0; l < rest; ++l)
+              passed[l] = from[l] * Epilogue::derivative(apply(f[w + l], at[l]), slope);
+            from = passed;
+          }
+          return widen(load_first(from, rest, T{0}));
+        },
+        [&](std::int64_t k) { return widen(load_first(values + k * grid.width + w, rest, T{0})); },
+        total + w, products + w);
   });
+  gather(grid, columns, total, sums_g);
+  gather(grid, columns, products, sums_gx);
   for (std::int64_t c = 0; c < columns.channels; ++c)
-    partials[(columns.first_channel + c) * grid.chunks + chunk] = sums[c];
+    partials[(columns.first_channel + c) * grid.chunks + chunk] =
+        GradientSums<T>::centered_sums(sums_g[c], sums_gx[c], mean[c]);
 }
 
 template <class T, class Epilogue>
@@ -292,26 +493,23 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
                         T slope, T* grad_x) {
   const Columns columns(grid, group);
   const ColumnAffine<T> f(grid, columns, forward);
-  T g_mean[Grid::max_group_width], g_scale[Grid::max_group_width], x_scale[Grid::max_group_width],
-      shift[Grid::max_group_width];
-  for_each_column(grid, columns, [&](std::int64_t w, std::int64_t c) {
-    const GradAffine<T>& b = backward[columns.first_channel + c];
-    g_mean[w] = b.g_mean;
-    g_scale[w] = b.g_scale;
-    x_scale[w] = b.x_scale;
-    shift[w] = b.shift;
-  });
+  const GradAffine<T>* b = backward + columns.first_channel;
+  T g_mean[max_columns], g_scale[max_columns], x_scale[max_columns], shift[max_columns];
+  spread(grid, columns, g_mean, [&](std::int64_t c) { return b[c].g_mean; });
+  spread(grid, columns, g_scale, [&](std::int64_t c) { return b[c].g_scale; });
+  spread(grid, columns, x_scale, [&](std::int64_t c) { return b[c].x_scale; });
+  spread(grid, columns, shift, [&](std::int64_t c) { return b[c].shift; });
   for (std::int64_t r = grid.chunk_end(chunk); r-- > grid.chunk_begin(chunk);) {
     const T* g = grad_y + r * grid.width + columns.first;
     const T* values = x + r * grid.width + columns.first;
-    T* to = grad_x + r * grid.width + columns.first;
-    const std::int64_t width = row_width(grid, columns, r);
-#pragma omp simd
-    for (std::int64_t w = 0; w < width; ++w) {
-      const GradAffine<T> b{g_mean[w], g_scale[w], f.mean[w], x_scale[w], shift[w]};
-      to[w] = apply(b, g[w] * Epilogue::derivative(apply(f[w], values[w]), slope), values[w]);
-    }
+    write(grad_x + r * grid.width + columns.first, row_width(grid, columns, r), grid.streaming,
+          [&](std::int64_t w) {
+            const GradAffine<T> column{g_mean[w], g_scale[w], f.mean[w], x_scale[w], shift[w]};
+            return apply(column, g[w] * Epilogue::derivative(apply(f[w], values[w]), slope),
+                         values[w]);
+          });
   }
+  if (grid.streaming) finish_streaming();
 }
 
 // -- the choice between the two ------------------------------------------------------------------
@@ -333,9 +531,10 @@ template <class T, class Epilogue>
 void grad_sums(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
                const T* x, const double* mean, const Affine<T>* forward, T slope,
                GradSums* partials) {
-  (grid.columns ? grad_sums_columns<T, Epilogue>
-                : grad_sums_rows<T, Epilogue>)(grid, group, chunk, grad_y, x, mean, forward, slope,
-                                               partials);
+  if (grid.columns)
+    grad_sums_columns<T, Epilogue>(grid, group, chunk, grad_y, x, mean, forward, slope, partials);
+  else
+    grad_sums_rows<T, Epilogue>(grid, group, chunk, grad_y, x, mean, forward, slope, partials);
 }
 
 template <class T, class Epilogue>

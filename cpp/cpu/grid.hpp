@@ -28,6 +28,7 @@ struct Grid {
   std::int64_t groups;
   std::int64_t chunk_length;
   std::int64_t chunks;
+  bool streaming;  // results go past the caches
 
   static constexpr std::int64_t max_group_width = 1024;  // columns of one group
 

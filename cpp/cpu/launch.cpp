@@ -51,6 +51,13 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
   return array != nullptr ? static_cast<double>(static_cast<const T*>(array)[c]) : otherwise;
 }
 
+// Whether to write past the caches: the result would not stay there until somebody reads it, and
+// would push out the input, which the second pass reads again.
+template <class T>
+bool worth_streaming(std::int64_t tensors, std::int64_t size) {
+  return tensors * size * static_cast<std::int64_t>(sizeof(T)) > cache_bytes();
+}
+
 // reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk).
 // The order of the sums is in the grid; this only chooses who does what when.
 template <class Reduce, class Finish, class Apply>
@@ -83,7 +90,8 @@ void reduce_then_apply(const Grid& grid, Reduce reduce, Finish finish, Apply app
 
 template <class T>
 void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
-  const Grid grid = make_grid(a.problem);
+  Grid grid = make_grid(a.problem);
+  grid.streaming = worth_streaming<T>(2, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Moments>(channels * grid.chunks) +
                       Workspace::bytes<Affine<T>>(channels));
@@ -118,7 +126,8 @@ void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
 
 template <class T>
 void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
-  const Grid grid = make_grid(a.problem);
+  Grid grid = make_grid(a.problem);
+  grid.streaming = worth_streaming<T>(3, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<GradSums>(channels * grid.chunks) +
                       Workspace::bytes<Affine<T>>(channels) +
@@ -164,7 +173,8 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
 
 template <class T>
 void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
-  const Grid grid = make_grid(a.problem);
+  Grid grid = make_grid(a.problem);
+  grid.streaming = worth_streaming<T>(2, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Affine<T>>(channels));
   auto* forward = workspace.take<Affine<T>>(channels);
@@ -181,7 +191,9 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
 }
 
 template <class T>
-void launch(const DropoutArgs& a, const Kernels<T>& kernels) {
+void launch(const DropoutArgs& checked, const Kernels<T>& kernels) {
+  DropoutArgs a = checked;
+  a.streaming = worth_streaming<T>(2, a.size);
   constexpr std::int64_t spans_per_task = 256;
   const std::int64_t spans = (a.size + MaskLayout::span - 1) / MaskLayout::span;
   const std::int64_t tasks = (spans + spans_per_task - 1) / spans_per_task;

@@ -55,6 +55,20 @@ std::atomic<int>& thread_count() {
 
 }  // namespace
 
+std::int64_t cache_bytes() {
+  static const std::int64_t bytes = [] {
+    // What sysconf says counts the caches of processors that are not ours.
+    std::int64_t kilobytes = 0;
+    for (const char* level : {"2", "3"}) {
+      std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/index") + level + "/size");
+      std::int64_t size = 0;
+      if (file >> size) kilobytes = std::max(kilobytes, size);
+    }
+    return kilobytes > 0 ? kilobytes << 10 : std::int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
 int num_threads() {
   return thread_count();
 }

@@ -1,4 +1,4 @@
-// Threads. parallel.cpp is the only file that knows of OpenMP.
+// Threads and caches of this machine. parallel.cpp is the only file that knows of OpenMP.
 #pragma once
 
 #include <cstdint>
@@ -16,5 +16,8 @@ void parallel_for(std::int64_t count, std::int64_t work, Body body) {
   parallel_for(
       count, work, [](void* context, std::int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
 }
+
+// Bytes of the largest cache.
+std::int64_t cache_bytes();
 
 }  // namespace bnext

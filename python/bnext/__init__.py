@@ -14,16 +14,24 @@ from __future__ import annotations
 import os
 
 from bnext import _core, functional, nn
-from bnext._core import __version__, get_num_threads, set_num_threads
+from bnext._core import (
+    __version__,
+    buffer_stats,
+    get_num_threads,
+    set_buffer_limit,
+    set_num_threads,
+)
 from bnext.random import Generator, manual_seed
 
 __all__ = [
     "Generator",
     "__version__",
+    "buffer_stats",
     "functional",
     "get_num_threads",
     "manual_seed",
     "nn",
+    "set_buffer_limit",
     "set_num_threads",
     "show_config",
 ]
