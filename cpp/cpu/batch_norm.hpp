@@ -9,8 +9,7 @@
 namespace bnext {
 namespace {
 
-// -- sums
-// ------------------------------------------------------------------------------------------
+// -- sums -----------------------------------------------------------------------------------------
 
 // Sums of x - center and of its square.
 struct ShiftedSums {
@@ -30,9 +29,11 @@ inline bool needs_center(const ShiftedSums& s, double count) {
 // Accumulates packs of one channel.
 template <class T, bool centered>
 struct MomentSums {
-  Pack<double> center, total{}, even{}, odd{};
+  Pack<double> center, total, even, odd;
 
-  explicit BNEXT_INLINE MomentSums(double center_) : center(broadcast(center_)) {}
+  MomentSums() = default;  // leaves everything undefined
+  explicit BNEXT_INLINE MomentSums(double center_)
+      : center(broadcast(center_)), total{}, even{}, odd{} {}
 
   // `count` packs at p.
   BNEXT_INLINE void add(const T* p, std::int64_t count) {
@@ -72,9 +73,11 @@ struct MomentSums {
 // Accumulates gradients g and g x, or g (x - mean) where products are not exact.
 template <class T>
 struct GradientSums {
-  Pack<double> mean, total{}, even{}, odd{};
+  Pack<double> mean, total, even, odd;
 
-  explicit BNEXT_INLINE GradientSums(double mean_) : mean(broadcast(mean_)) {}
+  GradientSums() = default;  // leaves everything undefined
+  explicit BNEXT_INLINE GradientSums(double mean_)
+      : mean(broadcast(mean_)), total{}, even{}, odd{} {}
 
   BNEXT_INLINE void add(const T* g, const T* x, std::int64_t count) {
     std::int64_t k = 0;
@@ -112,119 +115,230 @@ BNEXT_INLINE void through_epilogue(const T* g, const T* x, std::int64_t length, 
     to[i] = g[i] * Epilogue::derivative(apply(f, x[i]), slope);
 }
 
-// -- rows: one channel, in runs of contiguous values
-// -----------------------------------------------
+// -- rows: some channels, in runs of contiguous values --------------------------------------------
 
-// Calls run(offset, length) for the contiguous runs of a tile.
-template <class Run>
-BNEXT_INLINE void for_each_run(const Grid& grid, std::int64_t channel, std::int64_t chunk,
-                               Run run) {
-  const Problem& p = grid.problem;
-  std::int64_t value = grid.chunk_begin(chunk);
-  const std::int64_t end = grid.chunk_end(chunk);
-  std::int64_t i = value % p.s, offset = (value / p.s * p.c + channel) * p.s + i;
-  const std::int64_t stride = p.c * p.s;
-  while (value < end) {
-    const std::int64_t length = p.s - i < end - value ? p.s - i : end - value;
-    run(offset, length);
-    value += length;
-    offset += stride - i;
-    i = 0;
+// The runs of a tile: in each of `blocks` samples, `length` values of each of `channels` channels.
+struct Runs {
+  std::int64_t first_channel, channels, length, blocks;
+
+  Runs(const Grid& grid, std::int64_t group, std::int64_t chunk)
+      : first_channel(grid.first_channel(group)),
+        channels(grid.last_channel(group) - first_channel),
+        length(grid.last_value(chunk) - grid.first_value(chunk)),
+        blocks(grid.last_row(chunk) - grid.first_row(chunk)),
+        between_channels(grid.problem.s),
+        between_samples(grid.problem.c * grid.problem.s),
+        start(grid.first_row(chunk) * between_samples + first_channel * between_channels +
+              grid.first_value(chunk)) {}
+
+  std::int64_t offset(std::int64_t block, std::int64_t channel) const {
+    return start + block * between_samples + channel * between_channels;
   }
+  std::int64_t values() const { return blocks * length; }  // of each channel
+  // What the end of a block is followed by, going forwards.
+  template <class T>
+  Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
+    if (!grid.streaming) return {nullptr, nullptr};
+    const T* end = x + offset(block, channels - 1) + length;
+    return {end, block + 1 < blocks ? x + offset(block + 1, 0) : end};
+  }
+
+ private:
+  std::int64_t between_channels, between_samples, start;
+};
+
+// The tile that both passes over this one fetch on the way, so that memory is never idle: in the
+// next group, which comes next if the grid is pipelined, and in the mirrored place, since the first
+// pass over it goes forwards and the second pass over this one backwards. Without streaming results
+// all may well be in the cache, and nothing is fetched.
+class NextTile {
+ public:
+  NextTile(const Grid& grid, std::int64_t group, std::int64_t chunk)
+      : exists_(grid.pipelined && grid.streaming && group + 1 < grid.groups),
+        runs_(grid, exists_ ? group + 1 : group, grid.chunks - 1 - chunk) {}
+
+  // What lies there in the place of the run of `channel` in `block`.
+  template <class T>
+  BNEXT_INLINE Next<T> next(const T* x, std::int64_t block, std::int64_t channel) const {
+    const std::int64_t mirrored = runs_.blocks - 1 - block;
+    if (!exists_ || mirrored < 0 || channel >= runs_.channels) return {nullptr};
+    return {x + runs_.offset(mirrored, channel)};
+  }
+
+ private:
+  bool exists_;
+  Runs runs_;
+};
+
+// Where nothing has fetched a run before the only or the second pass over it.
+template <class T>
+Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
+  if (!grid.streaming || grid.pipelined) return {nullptr, nullptr};
+  return {run + length, run + length};
 }
 
+// Values between two looks ahead.
+constexpr std::int64_t stretch = 128;
+
 template <class T, bool centered>
-ShiftedSums shifted_sums_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk,
-                              const T* x, double center) {
-  MomentSums<T, centered> sums(center);
-  for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
-    const T* run = x + offset;
-    const std::int64_t whole = length / lanes;
-    sums.add(run, whole);
-    if (const std::int64_t rest = length % lanes)
-      sums.add(widen(load_first(run + whole * lanes, rest, static_cast<T>(center))));
-  });
-  return sums.sums();
+void shifted_sums_rows(const Grid& grid, const Runs& runs, const NextTile& next_tile, const T* x,
+                       const double* center, ShiftedSums* sums) {
+  MomentSums<T, centered> channel_sums[Grid::max_group_channels];
+  for (std::int64_t c = 0; c < runs.channels; ++c)
+    channel_sums[c] = MomentSums<T, centered>(centered ? center[c] : 0);
+  for (std::int64_t b = 0; b < runs.blocks; ++b) {
+    const Ahead<T> ahead = runs.ahead(grid, x, b);
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const T* run = x + runs.offset(b, c);
+      const Next<T> next = next_tile.next(x, b, c);
+      MomentSums<T, centered> s = channel_sums[c];
+      std::int64_t i = 0;
+      for (; i + stretch <= runs.length; i += stretch) {
+        ahead.fetch(run + i, stretch);
+        next.fetch_early(i, stretch);
+        s.add(run + i, stretch / lanes);
+      }
+      const std::int64_t count = runs.length - i, rest = count % lanes;
+      ahead.fetch(run + i, count);
+      s.add(run + i, count / lanes);
+      if (rest > 0)
+        s.add(widen(
+            load_first(run + runs.length - rest, rest, static_cast<T>(centered ? center[c] : 0))));
+      channel_sums[c] = s;
+    }
+  }
+  for (std::int64_t c = 0; c < runs.channels; ++c) sums[c] = channel_sums[c].sums();
 }
 
 template <class T>
-void moments_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk, const T* x,
+void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
                   Moments* partials) {
-  const Problem& p = grid.problem;
-  const std::int64_t begin = grid.chunk_begin(chunk);
-  const auto count = static_cast<double>(grid.chunk_end(chunk) - begin);
-  auto center = static_cast<double>(x[(begin / p.s * p.c + channel) * p.s + begin % p.s]);
-  ShiftedSums s{};
-  if constexpr (exact_products<T>) {
-    s = shifted_sums_rows<T, false>(grid, channel, chunk, x, 0);
-    center = needs_center(s, count) ? static_cast<double>(static_cast<T>(s.total / count)) : 0;
+  const Runs runs(grid, group, chunk);
+  const NextTile next_tile(grid, group, chunk);
+  const auto count = static_cast<double>(runs.values());
+  double center[Grid::max_group_channels];
+  ShiftedSums sums[Grid::max_group_channels], centered[Grid::max_group_channels];
+  bool again = !exact_products<T>;
+  if constexpr (exact_products<T>)
+    shifted_sums_rows<T, false>(grid, runs, next_tile, x, center, sums);
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    if constexpr (exact_products<T>)
+      center[c] = needs_center(sums[c], count)
+                      ? static_cast<double>(static_cast<T>(sums[c].total / count))
+                      : 0;
+    else
+      center[c] = static_cast<double>(x[runs.offset(0, c)]);
+    again |= !(center[c] == 0);
   }
-  if (!exact_products<T> || !(center == 0))
-    s = shifted_sums_rows<T, true>(grid, channel, chunk, x, center);
-  partials[channel * grid.chunks + chunk] = moments_from_shifted(count, center, s.total, s.squares);
+  if (again) shifted_sums_rows<T, true>(grid, runs, next_tile, x, center, centered);
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    // What one channel needs changes nothing in another.
+    const ShiftedSums& s = exact_products<T> && center[c] == 0 ? sums[c] : centered[c];
+    partials[(runs.first_channel + c) * grid.chunks + chunk] =
+        moments_from_shifted(count, center[c], s.total, s.squares);
+  }
 }
 
 template <class T, class Epilogue>
-void apply_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk, const T* x,
+void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
                 const Affine<T>* forward, T slope, T* y) {
-  const Affine<T> f = forward[channel];
-  for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
-    const T* from = x + offset;
-    write(y + offset, length, grid.streaming,
-          [&](std::int64_t i) { return Epilogue::value(apply(f, from[i]), slope); });
-  });
+  const Runs runs(grid, group, chunk);
+  const NextTile next_tile(grid, group, chunk);
+  for (std::int64_t b = runs.blocks; b-- > 0;)
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const Affine<T> f = forward[runs.first_channel + c];
+      const std::int64_t offset = runs.offset(b, c);
+      const Next<T> next = next_tile.next(x, b, c);
+      const T* from = x + offset;
+      const Ahead<T> ahead = within(grid, from, runs.length);
+      write(
+          y + offset, runs.length, grid.streaming,
+          [&](std::int64_t i) { return Epilogue::value(apply(f, from[i]), slope); },
+          [&](std::int64_t i, std::int64_t count) {
+            ahead.fetch(from + i, count);
+            next.fetch_late(i, count);
+          });
+    }
   if (grid.streaming) finish_streaming();
 }
 
 template <class T, class Epilogue>
-void grad_sums_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk, const T* grad_y,
+void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
                     const T* x, const double* mean, const Affine<T>* forward, T slope,
                     GradSums* partials) {
-  const Affine<T> f = forward[channel];
-  GradientSums<T> sums(mean[channel]);
-  constexpr std::int64_t block = 256;
-  for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
-    const T *g = grad_y + offset, *values = x + offset;
-    const std::int64_t whole = length / lanes * lanes, rest = length - whole;
-    T passed[block] = {};
-    if constexpr (Epilogue::linear) {
-      sums.add(g, values, whole / lanes);
-    } else {
-      for (std::int64_t i = 0; i < whole; i += block) {
-        const std::int64_t count = whole - i < block ? whole - i : block;
-        through_epilogue<T, Epilogue>(g + i, values + i, count, f, slope, passed);
-        sums.add(passed, values + i, count / lanes);
+  const Runs runs(grid, group, chunk);
+  const NextTile next_tile(grid, group, chunk);
+  mean += runs.first_channel;
+  forward += runs.first_channel;
+  GradientSums<T> channel_sums[Grid::max_group_channels];
+  for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
+  for (std::int64_t b = 0; b < runs.blocks; ++b) {
+    const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const Affine<T> f = forward[c];
+      const std::int64_t offset = runs.offset(b, c);
+      const T *g = grad_y + offset, *values = x + offset;
+      const Next<T> next_g = next_tile.next(grad_y, b, c), next_x = next_tile.next(x, b, c);
+      GradientSums<T> s = channel_sums[c];
+      T passed[stretch];
+      for (std::int64_t i = 0; i < runs.length; i += stretch) {
+        const std::int64_t count = runs.length - i < stretch ? runs.length - i : stretch;
+        const std::int64_t whole = count / lanes, rest = count % lanes;
+        ahead_g.fetch(g + i, count);
+        ahead_x.fetch(values + i, count);
+        next_g.fetch_early(i, count);
+        next_x.fetch_early(i, count);
+        const T* at = g + i;
+        if constexpr (!Epilogue::linear) {
+          through_epilogue<T, Epilogue>(at, values + i, count, f, slope, passed);
+          at = passed;
+        }
+        if (count == stretch)
+          s.add(at, values + i, stretch / lanes);
+        else
+          s.add(at, values + i, whole);
+        if (rest > 0)
+          s.add(widen(load_first(at + whole * lanes, rest, T{0})),
+                widen(load_first(values + i + whole * lanes, rest, f.mean)));
       }
+      channel_sums[c] = s;
     }
-    if (rest == 0) return;
-    const T* last = g + whole;
-    if constexpr (!Epilogue::linear) {
-      through_epilogue<T, Epilogue>(last, values + whole, rest, f, slope, passed);
-      last = passed;
-    }
-    sums.add(widen(load_first(last, rest, T{0})), widen(load_first(values + whole, rest, f.mean)));
-  });
-  partials[channel * grid.chunks + chunk] = sums.sums(mean[channel]);
+  }
+  for (std::int64_t c = 0; c < runs.channels; ++c)
+    partials[(runs.first_channel + c) * grid.chunks + chunk] = channel_sums[c].sums(mean[c]);
 }
 
 template <class T, class Epilogue>
-void apply_grad_rows(const Grid& grid, std::int64_t channel, std::int64_t chunk, const T* grad_y,
+void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
                      const T* x, const Affine<T>* forward, const GradAffine<T>* backward, T slope,
                      T* grad_x) {
-  const Affine<T> f = forward[channel];
-  const GradAffine<T> b = backward[channel];
-  for_each_run(grid, channel, chunk, [&](std::int64_t offset, std::int64_t length) {
-    const T* g = grad_y + offset;
-    const T* values = x + offset;
-    write(grad_x + offset, length, grid.streaming, [&](std::int64_t i) {
-      return apply(b, g[i] * Epilogue::derivative(apply(f, values[i]), slope), values[i]);
-    });
-  });
+  const Runs runs(grid, group, chunk);
+  const NextTile next_tile(grid, group, chunk);
+  for (std::int64_t b = runs.blocks; b-- > 0;)
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const Affine<T> f = forward[runs.first_channel + c];
+      const GradAffine<T> k = backward[runs.first_channel + c];
+      const std::int64_t offset = runs.offset(b, c);
+      const Next<T> next_g = next_tile.next(grad_y, b, c), next_x = next_tile.next(x, b, c);
+      const T *g = grad_y + offset, *values = x + offset;
+      const Ahead<T> ahead_g = within(grid, g, runs.length);
+      const Ahead<T> ahead_x = within(grid, values, runs.length);
+      write(
+          grad_x + offset, runs.length, grid.streaming,
+          [&](std::int64_t i) {
+            return apply(k, g[i] * Epilogue::derivative(apply(f, values[i]), slope), values[i]);
+          },
+          [&](std::int64_t i, std::int64_t count) {
+            ahead_g.fetch(g + i, count);
+            ahead_x.fetch(values + i, count);
+            next_g.fetch_late(i, count);
+            next_x.fetch_late(i, count);
+          });
+    }
   if (grid.streaming) finish_streaming();
 }
 
-// -- columns: some channels, as columns of a matrix
-// ------------------------------------------------
+// -- columns: some channels, as columns of a matrix -----------------------------------------------
 
 // The columns of one group: where they start, how many, and the channel of each.
 struct Columns {
@@ -290,10 +404,10 @@ constexpr std::int64_t row_block = 8;
 template <class Body>
 BNEXT_INLINE void for_each_rows(const Grid& grid, const Columns& columns, std::int64_t chunk,
                                 Body body) {
-  const std::int64_t end = grid.chunk_end(chunk);
+  const std::int64_t end = grid.last_row(chunk);
   const bool short_end = row_width(grid, columns, end - 1) != columns.width;
   const std::int64_t whole = short_end ? end - 1 : end;
-  std::int64_t r = grid.chunk_begin(chunk);
+  std::int64_t r = grid.first_row(chunk);
   for (; r + row_block <= whole; r += row_block) body(r, row_block, columns.width);
   if (r < whole) body(r, whole - r, columns.width);
   if (short_end) body(end - 1, 1, row_width(grid, columns, end - 1));
@@ -346,7 +460,7 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
   const Columns columns(grid, group);
   double center[max_columns], total[max_columns], squares[max_columns];
   double centers[Grid::max_group_width], sums[Grid::max_group_width], sumsqs[Grid::max_group_width];
-  const std::int64_t begin = grid.chunk_begin(chunk), rows = grid.chunk_end(chunk) - begin;
+  const std::int64_t begin = grid.first_row(chunk), rows = grid.last_row(chunk) - begin;
   // Values of one channel in this tile: a short last row has fewer.
   const std::int64_t missing = columns.width - row_width(grid, columns, begin + rows - 1);
   const auto count = static_cast<double>((rows * columns.width - missing) / columns.channels);
@@ -405,10 +519,12 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
                    const Affine<T>* forward, T slope, T* y) {
   const Columns columns(grid, group);
   const ColumnAffine<T> f(grid, columns, forward);
-  for (std::int64_t r = grid.chunk_end(chunk); r-- > grid.chunk_begin(chunk);) {
+  for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
     const T* from = x + r * grid.width + columns.first;
-    write(y + r * grid.width + columns.first, row_width(grid, columns, r), grid.streaming,
-          [&](std::int64_t w) { return Epilogue::value(apply(f[w], from[w]), slope); });
+    write(
+        y + r * grid.width + columns.first, row_width(grid, columns, r), grid.streaming,
+        [&](std::int64_t w) { return Epilogue::value(apply(f[w], from[w]), slope); },
+        [](std::int64_t, std::int64_t) {});
   }
   if (grid.streaming) finish_streaming();
 }
@@ -499,20 +615,22 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
   spread(grid, columns, g_scale, [&](std::int64_t c) { return b[c].g_scale; });
   spread(grid, columns, x_scale, [&](std::int64_t c) { return b[c].x_scale; });
   spread(grid, columns, shift, [&](std::int64_t c) { return b[c].shift; });
-  for (std::int64_t r = grid.chunk_end(chunk); r-- > grid.chunk_begin(chunk);) {
+  for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
     const T* g = grad_y + r * grid.width + columns.first;
     const T* values = x + r * grid.width + columns.first;
-    write(grad_x + r * grid.width + columns.first, row_width(grid, columns, r), grid.streaming,
-          [&](std::int64_t w) {
-            const GradAffine<T> column{g_mean[w], g_scale[w], f.mean[w], x_scale[w], shift[w]};
-            return apply(column, g[w] * Epilogue::derivative(apply(f[w], values[w]), slope),
-                         values[w]);
-          });
+    write(
+        grad_x + r * grid.width + columns.first, row_width(grid, columns, r), grid.streaming,
+        [&](std::int64_t w) {
+          const GradAffine<T> column{g_mean[w], g_scale[w], f.mean[w], x_scale[w], shift[w]};
+          return apply(column, g[w] * Epilogue::derivative(apply(f[w], values[w]), slope),
+                       values[w]);
+        },
+        [](std::int64_t, std::int64_t) {});
   }
   if (grid.streaming) finish_streaming();
 }
 
-// -- the choice between the two ------------------------------------------------------------------
+// -- the choice between the two -------------------------------------------------------------------
 
 template <class T>
 void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,

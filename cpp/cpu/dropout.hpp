@@ -73,6 +73,8 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
   const auto high = static_cast<std::int32_t>(a.threshold >> 16);  // up to 2^16
   const bool ties_matter = (a.threshold & 0xFFFFu) != 0;
 
+  const Ahead<T> ahead{x + a.size, a.streaming ? x : nullptr};
+
   for (std::int64_t span = first_span; span < last_span; ++span) {
     alignas(64) std::int32_t bits[span_size];
     span_bits(a, span, bits);
@@ -82,8 +84,10 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
 #pragma omp simd reduction(| : ties)
     for (int e = 0; e < span_size; ++e) ties |= bits[e] == high;
     const T* from = x + begin;
-    write(y + begin, count, a.streaming,
-          [&](std::int64_t e) { return bits[e] < high ? T{0} : from[e] * scale; });
+    write(
+        y + begin, count, a.streaming,
+        [&](std::int64_t e) { return bits[e] < high ? T{0} : from[e] * scale; },
+        [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
     if (ties && ties_matter) settle_ties(a, begin, count, bits, y);
   }
   if (a.streaming) finish_streaming();

@@ -9,6 +9,9 @@ namespace {
 constexpr std::int64_t short_row = 64;        // rows below it are taken as columns
 constexpr std::int64_t chunk_values = 16384;  // of one channel, in rows
 constexpr std::int64_t chunk_area = 65536;    // of all columns of a group
+constexpr std::int64_t long_run = 4096;  // values; shorter ones are over before prefetch starts
+constexpr std::int64_t group_bytes = 1 << 19;  // half the cache of a core
+constexpr std::int64_t enough_groups = 32;
 constexpr std::int64_t vector_width = 16;
 constexpr std::int64_t wide_enough = 64;  // columns that keep a loop over them busy
 
@@ -18,23 +21,31 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) {
 
 }  // namespace
 
-Grid make_grid(const Problem& p) {
+Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   Grid grid{};
   grid.problem = p;
-  grid.replicas = 1;
-  grid.columns = p.channels_last || p.s < short_row;
+  grid.replicas = grid.pieces = 1;
+  if (p.s == 1) grid.problem.channels_last = true;  // the same memory
+  grid.columns = grid.problem.channels_last || p.s < short_row;
 
   if (!grid.columns) {
-    grid.group_channels = 1;
-    grid.groups = p.c;
-    grid.chunk_length = chunk_values;
-    grid.chunks = divide_up(p.per_channel(), grid.chunk_length);
+    // Neighbouring channels make long contiguous runs, as long as the second pass still finds
+    // them in the cache and there are groups enough for every thread.
+    const std::int64_t channel_bytes = std::max<std::int64_t>(1, p.per_channel() * tensors * item);
+    grid.group_channels = std::min({divide_up(long_run, p.s), group_bytes / channel_bytes,
+                                    p.c / enough_groups, Grid::max_group_channels});
+    grid.group_channels = std::max<std::int64_t>(1, grid.group_channels);
+    grid.groups = divide_up(p.c, grid.group_channels);
+    grid.rows = p.n;
+    grid.rows_per_chunk = std::max<std::int64_t>(1, chunk_values / p.s);
+    grid.pieces = divide_up(p.s, chunk_values);
+    grid.chunks = divide_up(p.n, grid.rows_per_chunk) * grid.pieces;
     return grid;
   }
 
   std::int64_t columns_per_channel = p.s;
   std::int64_t positions = p.n;  // rows, before positions are put side by side
-  if (p.channels_last) {
+  if (grid.problem.channels_last) {
     columns_per_channel = 1;
     positions = p.per_channel();
     // Whole vectors, and enough of them.
@@ -55,8 +66,8 @@ Grid make_grid(const Problem& p) {
   }
   grid.groups = divide_up(p.c, grid.group_channels);
   const std::int64_t group_width = grid.group_channels * columns_per_channel * grid.replicas;
-  grid.chunk_length = std::max<std::int64_t>(vector_width, chunk_area / group_width);
-  grid.chunks = divide_up(grid.rows, grid.chunk_length);
+  grid.rows_per_chunk = std::max<std::int64_t>(vector_width, chunk_area / group_width);
+  grid.chunks = divide_up(grid.rows, grid.rows_per_chunk);
   return grid;
 }
 

@@ -10,41 +10,50 @@ namespace bnext {
 
 // A tile is (group, chunk): some channels, and a part of the values of each.
 //
-// rows: a group is one channel; its n rows of s contiguous values, taken together, are cut into
-//   chunks of chunk_length values.
+// rows: a chunk is some whole samples, or, where one has many values, a piece of one sample. A
+// group
+//   is some neighbouring channels, so that the tile has a contiguous run in each sample.
 // columns: the tensor is a matrix of `rows` rows and `width` columns; a group is a run of columns
-//   with the whole of some channels, a chunk is chunk_length rows. Used where the rows of a
-//   channel are too short for vectors: channels-first with small s (column = channel * s + i), and
-//   channels-last (column = channel, or, for few channels, `replicas` times the channels: that
-//   many positions side by side, so that 3 channels fill vectors as well as 64 do).
+//   with the whole of some channels, a chunk is some rows. Used where the rows of a channel are too
+//   short for vectors: channels-first with small s (column = channel * s + i), and channels-last
+//   (column = channel, or, for few channels, `replicas` times the channels: that many positions
+//   side by side, so that 3 channels fill vectors as well as 64 do).
 struct Grid {
   Problem problem;
   bool columns;
-  std::int64_t rows;        // columns: rows of the matrix
-  std::int64_t width;       // columns: its width
-  std::int64_t last_width;  // columns: width of its last row, which can be shorter
-  std::int64_t replicas;
+  std::int64_t rows;            // samples, or rows of the matrix
+  std::int64_t width;           // columns: of the matrix
+  std::int64_t last_width;      // columns: of the last row, which can be shorter
+  std::int64_t replicas;        // columns
   std::int64_t group_channels;  // channels of every group but perhaps the last
   std::int64_t groups;
-  std::int64_t chunk_length;
+  std::int64_t rows_per_chunk;  // of every chunk but perhaps the last
+  std::int64_t pieces;          // rows: of each sample; more than 1 only with 1 row a chunk
   std::int64_t chunks;
   bool streaming;  // results go past the caches
+  bool pipelined;  // group after group goes through all passes
 
-  static constexpr std::int64_t max_group_width = 1024;  // columns of one group
+  static constexpr std::int64_t max_group_width = 1024;   // columns of one group
+  static constexpr std::int64_t max_group_channels = 64;  // rows: channels of one group
 
   std::int64_t first_channel(std::int64_t group) const { return group * group_channels; }
   std::int64_t last_channel(std::int64_t group) const {
     const std::int64_t end = (group + 1) * group_channels;
     return end < problem.c ? end : problem.c;
   }
-  std::int64_t chunk_begin(std::int64_t chunk) const { return chunk * chunk_length; }
-  std::int64_t chunk_end(std::int64_t chunk) const {
-    const std::int64_t total = columns ? rows : problem.per_channel();
-    const std::int64_t end = (chunk + 1) * chunk_length;
-    return end < total ? end : total;
+  std::int64_t first_row(std::int64_t chunk) const { return chunk / pieces * rows_per_chunk; }
+  std::int64_t last_row(std::int64_t chunk) const {
+    const std::int64_t end = first_row(chunk) + rows_per_chunk;
+    return end < rows ? end : rows;
+  }
+  // Where in each row of a channel the runs of a chunk begin and end, in rows.
+  std::int64_t first_value(std::int64_t chunk) const { return chunk % pieces * problem.s / pieces; }
+  std::int64_t last_value(std::int64_t chunk) const {
+    return (chunk % pieces + 1) * problem.s / pieces;
   }
 };
 
-Grid make_grid(const Problem& problem);
+// For an operation that takes `tensors` tensors of `item` bytes a value through the caches.
+Grid make_grid(const Problem& problem, std::int64_t tensors, std::int64_t item);
 
 }  // namespace bnext

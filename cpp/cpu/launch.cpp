@@ -61,14 +61,15 @@ bool worth_streaming(std::int64_t tensors, std::int64_t size) {
 // reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk).
 // The order of the sums is in the grid; this only chooses who does what when.
 template <class Reduce, class Finish, class Apply>
-void reduce_then_apply(const Grid& grid, Reduce reduce, Finish finish, Apply apply) {
+void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   const std::int64_t work = grid.problem.size();
   const auto finish_group = [&](std::int64_t group) {
     for (std::int64_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) finish(c);
   };
   // Enough groups to share out: each is taken through all three steps while it is in cache. The
   // second pass goes backwards, since what the first read last is still there.
-  if (grid.chunks == 1 || grid.groups >= 4 * num_threads()) {
+  grid.pipelined = grid.chunks == 1 || grid.groups >= 4 * num_threads();
+  if (grid.pipelined) {
     parallel_for(grid.groups, work, [&](std::int64_t group) {
       for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) reduce(group, chunk);
       finish_group(group);
@@ -90,7 +91,7 @@ void reduce_then_apply(const Grid& grid, Reduce reduce, Finish finish, Apply app
 
 template <class T>
 void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
-  Grid grid = make_grid(a.problem);
+  Grid grid = make_grid(a.problem, 2, sizeof(T));
   grid.streaming = worth_streaming<T>(2, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Moments>(channels * grid.chunks) +
@@ -126,7 +127,7 @@ void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
 
 template <class T>
 void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
-  Grid grid = make_grid(a.problem);
+  Grid grid = make_grid(a.problem, 3, sizeof(T));
   grid.streaming = worth_streaming<T>(3, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<GradSums>(channels * grid.chunks) +
@@ -173,7 +174,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
 
 template <class T>
 void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
-  Grid grid = make_grid(a.problem);
+  Grid grid = make_grid(a.problem, 2, sizeof(T));
   grid.streaming = worth_streaming<T>(2, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Affine<T>>(channels));

@@ -40,8 +40,7 @@ using f64v = Native<double>::type;
 typedef std::uint64_t u64v __attribute__((vector_size(vector_bytes)));
 typedef std::uint32_t u32v __attribute__((vector_size(vector_bytes)));
 
-// -- one vector
-// ------------------------------------------------------------------------------------
+// -- one vector -----------------------------------------------------------------------------------
 
 template <class V>
 BNEXT_INLINE V load_vector(const void* p) {
@@ -165,8 +164,7 @@ BNEXT_INLINE void finish_streaming() {
 #endif
 }
 
-// -- packs
-// -----------------------------------------------------------------------------------------
+// -- packs ----------------------------------------------------------------------------------------
 
 // `count` vectors, as a binary tree of fields: compilers keep fields in registers, not arrays.
 template <class V, int count>
@@ -316,19 +314,81 @@ BNEXT_INLINE double sum(Pack<double> v) {
   return lane[0];
 }
 
-// -- writing results
-// -------------------------------------------------------------------------------
+// -- reading ahead --------------------------------------------------------------------------------
+
+// Some processors fetch too little ahead from memory, or stop at every page: the kernels do it
+// themselves where a tensor exceeds the caches.
+constexpr std::int64_t prefetch_bytes = 4096;
+
+// Where the line at p is in a repeating pattern of four.
+BNEXT_INLINE unsigned quarter(const void* p) {
+  return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(p) / 64 % 4);
+}
+
+// Fetches what lies prefetch_bytes after p, where p runs through blocks of memory: what would lie
+// after the end of this block lies at the start of the next one instead. Null: nothing to fetch.
+template <class T>
+struct Ahead {
+  const T* end;
+  const T* next;
+
+  BNEXT_INLINE void fetch(const T* p, std::int64_t count) const {
+    constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
+    if (next == nullptr) return;
+    const T* q = p + prefetch_bytes / static_cast<std::int64_t>(sizeof(T));
+    if (q >= end) q = next + (q - end);
+    for (std::int64_t i = 0; i < count; i += line) __builtin_prefetch(q + i);
+    // Otherwise GCC takes what only prefetches for a function without effects, and drops the call.
+    __asm__ volatile("");
+  }
+};
+
+// Fetches memory that is wanted after two passes over other memory: a quarter of its lines in the
+// first pass, which only reads, the rest in the second, in which memory also takes results. Null:
+// nothing to fetch.
+template <class T>
+struct Next {
+  const T* start;
+
+  BNEXT_INLINE void fetch_early(std::int64_t i, std::int64_t count) const {
+    if (start != nullptr) fetch(i, count, [](const T* p) { return quarter(p) == 0; });
+  }
+  BNEXT_INLINE void fetch_late(std::int64_t i, std::int64_t count) const {
+    if (start != nullptr) fetch(i, count, [](const T* p) { return quarter(p) != 0; });
+  }
+
+ private:
+  template <class Wanted>
+  BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count, Wanted wanted) const {
+    constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
+    for (const T* p = start + i; p < start + i + count; p += line)
+      if (wanted(p)) __builtin_prefetch(p);
+    __asm__ volatile("");
+  }
+};
+
+// -- writing results ------------------------------------------------------------------------------
 
 // to[i] = value(i) for i in [0, length). With `streaming` past the caches: worth it where nothing
-// will read the result before it would have left them anyway.
-template <class T, class Value>
-BNEXT_INLINE void write(T* __restrict to, std::int64_t length, bool streaming, Value value) {
+// will read the result before it would have left them anyway. fetch(i, count) is called before
+// values [i, i + count) are asked for.
+template <class T, class Value, class Fetch>
+BNEXT_INLINE void write(T* __restrict to, std::int64_t length, bool streaming, Value value,
+                        Fetch fetch) {
+  constexpr std::int64_t block = 512 / static_cast<std::int64_t>(sizeof(T));
   if (!streaming) {
+    std::int64_t i = 0;
+    for (; i + block <= length; i += block) {
+      fetch(i, block);
 #pragma omp simd
-    for (std::int64_t i = 0; i < length; ++i) to[i] = value(i);
+      for (std::int64_t k = i; k < i + block; ++k) to[k] = value(k);
+    }
+    if (i < length) fetch(i, length - i);
+#pragma omp simd
+    for (std::int64_t k = i; k < length; ++k) to[k] = value(k);
     return;
   }
-  constexpr std::int64_t block = 1024, line = 64 / static_cast<std::int64_t>(sizeof(T));
+  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
   constexpr std::int64_t step = vector_bytes / static_cast<std::int64_t>(sizeof(T));
   // Whole lines are streamed; a line that two calls share is written in the ordinary way.
   const auto misaligned =
@@ -336,14 +396,14 @@ BNEXT_INLINE void write(T* __restrict to, std::int64_t length, bool streaming, V
   std::int64_t i = misaligned == 0 ? 0 : line - misaligned;
   if (i > length) i = length;
   for (std::int64_t k = 0; k < i; ++k) to[k] = value(k);
-  alignas(64) T values[block];
-  while (length - i >= line) {
-    const std::int64_t whole = (length - i) / line * line, count = whole < block ? whole : block;
+  // A line at a time, so that reads and writes are under way together.
+  alignas(64) T values[line];
+  for (; i + line <= length; i += line) {
+    fetch(i, line);
 #pragma omp simd
-    for (std::int64_t k = 0; k < count; ++k) values[k] = value(i + k);
-    for (std::int64_t k = 0; k < count; k += step)
+    for (std::int64_t k = 0; k < line; ++k) values[k] = value(i + k);
+    for (std::int64_t k = 0; k < line; k += step)
       stream_vector(to + i + k, load_vector<u32v>(values + k));
-    i += count;
   }
   for (; i < length; ++i) to[i] = value(i);
 }
