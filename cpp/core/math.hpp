@@ -25,13 +25,22 @@ BNEXT_HD static inline Moments moments_from_shifted(double count, double shift, 
   return {count, shift + mean, m2 < 0 ? 0 : m2};  // NaN stays NaN
 }
 
-// Moments of the union of two sets (Chan, Golub & LeVeque, 1983, eq. 2.1).
-BNEXT_HD static inline Moments merge(const Moments& a, const Moments& b) {
-  if (a.count == 0) return b;
-  const double count = a.count + b.count;
-  const double delta = b.mean - a.mean;
-  return {count, a.mean + delta * (b.count / count),
-          a.m2 + b.m2 + delta * delta * (a.count * (b.count / count))};
+// Moments of the union of `count` sets, `stride` apart; the first is not empty (Chan, Golub &
+// LeVeque, 1983, eq. 2.1, for all at once: no division for each).
+BNEXT_HD static inline Moments merged(const Moments* sets, long count, long stride) {
+  const double origin = sets[0].mean;
+  double values = 0, moment = 0, m2 = 0;
+  for (long i = 0; i < count; ++i) {
+    const Moments& set = sets[i * stride];
+    values += set.count;
+    moment += set.count * (set.mean - origin);
+  }
+  const double mean = origin + moment / values;
+  for (long i = 0; i < count; ++i) {
+    const Moments& set = sets[i * stride];
+    m2 += set.m2 + set.count * (set.mean - mean) * (set.mean - mean);
+  }
+  return {values, count == 1 ? origin : mean, m2};
 }
 
 // y = (x - mean) scale + shift: the normalisation as the apply loops compute it. The mean is

@@ -234,7 +234,7 @@ void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, cons
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     // What one channel needs changes nothing in another.
     const ShiftedSums& s = exact_products<T> && center[c] == 0 ? sums[c] : centered[c];
-    partials[(runs.first_channel + c) * grid.chunks + chunk] =
+    partials[chunk * grid.problem.c + runs.first_channel + c] =
         moments_from_shifted(count, center[c], s.total, s.squares);
   }
 }
@@ -305,7 +305,7 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
     }
   }
   for (std::int64_t c = 0; c < runs.channels; ++c)
-    partials[(runs.first_channel + c) * grid.chunks + chunk] = channel_sums[c].sums(mean[c]);
+    partials[chunk * grid.problem.c + runs.first_channel + c] = channel_sums[c].sums(mean[c]);
 }
 
 template <class T, class Epilogue>
@@ -495,7 +495,7 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
     }
   }
   for (std::int64_t c = 0; c < columns.channels; ++c)
-    partials[(columns.first_channel + c) * grid.chunks + chunk] =
+    partials[chunk * grid.problem.c + columns.first_channel + c] =
         moments_from_shifted(count, centers[c], sums[c], sumsqs[c]);
 }
 
@@ -599,7 +599,7 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
   gather(grid, columns, total, sums_g);
   gather(grid, columns, products, sums_gx);
   for (std::int64_t c = 0; c < columns.channels; ++c)
-    partials[(columns.first_channel + c) * grid.chunks + chunk] =
+    partials[chunk * grid.problem.c + columns.first_channel + c] =
         GradientSums<T>::centered_sums(sums_g[c], sums_gx[c], mean[c]);
 }
 

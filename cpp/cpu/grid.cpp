@@ -6,13 +6,16 @@
 namespace bnext {
 namespace {
 
-constexpr std::int64_t short_row = 64;        // rows below it are taken as columns
+constexpr std::int64_t short_row = 65;        // rows below it are taken as columns
 constexpr std::int64_t chunk_values = 16384;  // of one channel, in rows
-constexpr std::int64_t chunk_area = 65536;    // of all columns of a group
+constexpr std::int64_t chunk_area = 65536;    // of all columns of a group, at least
+constexpr std::int64_t enough_chunks = 32;    // more only cost time to merge
 constexpr std::int64_t long_run = 4096;  // values; shorter ones are over before prefetch starts
 constexpr std::int64_t group_bytes = 1 << 19;  // half the cache of a core
 constexpr std::int64_t enough_groups = 32;
 constexpr std::int64_t vector_width = 16;
+constexpr std::int64_t small_size = 1 << 20;  // values
+constexpr std::int64_t small_groups = 4;
 constexpr std::int64_t wide_enough = 64;  // columns that keep a loop over them busy
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) {
@@ -60,13 +63,20 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   if (grid.replicas > 1) {
     grid.group_channels = p.c;
   } else {
-    const std::int64_t most =
-        std::max<std::int64_t>(1, Grid::max_group_width / columns_per_channel);
+    // What fits into the caches is shared out by groups, so that one region of threads is enough;
+    // beyond, long rows matter more.
+    const std::int64_t share = divide_up(grid.width, p.size() <= small_size ? small_groups : 1);
+    const std::int64_t width = std::clamp(share, wide_enough, Grid::max_group_width);
+    const std::int64_t most = std::max<std::int64_t>(1, width / columns_per_channel);
     grid.group_channels = divide_up(p.c, divide_up(p.c, most));
+    // Whole vectors, where that is no great difference.
+    const std::int64_t whole = vector_width / std::gcd(columns_per_channel, vector_width);
+    if (grid.group_channels > whole) grid.group_channels -= grid.group_channels % whole;
   }
   grid.groups = divide_up(p.c, grid.group_channels);
   const std::int64_t group_width = grid.group_channels * columns_per_channel * grid.replicas;
-  grid.rows_per_chunk = std::max<std::int64_t>(vector_width, chunk_area / group_width);
+  grid.rows_per_chunk =
+      std::max({vector_width, chunk_area / group_width, divide_up(grid.rows, enough_chunks)});
   grid.chunks = divide_up(grid.rows, grid.rows_per_chunk);
   return grid;
 }

@@ -58,6 +58,9 @@ bool worth_streaming(std::int64_t tensors, std::int64_t size) {
   return tensors * size * static_cast<std::int64_t>(sizeof(T)) > cache_bytes();
 }
 
+// Merging two sums takes about as long as a pass over so many elements.
+constexpr std::int64_t merge_work = 16;
+
 // reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk).
 // The order of the sums is in the grid; this only chooses who does what when.
 template <class Reduce, class Finish, class Apply>
@@ -80,7 +83,7 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   const std::int64_t tiles = grid.groups * grid.chunks;
   parallel_for(tiles, work,
                [&](std::int64_t tile) { reduce(tile / grid.chunks, tile % grid.chunks); });
-  parallel_for(grid.groups, tiles, finish_group);
+  parallel_for(grid.problem.c, grid.problem.c * grid.chunks * merge_work, finish);
   parallel_for(tiles, work, [&](std::int64_t i) {
     const std::int64_t tile = tiles - 1 - i;
     apply(tile / grid.chunks, tile % grid.chunks);
@@ -109,9 +112,7 @@ void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
         kernels.moments(grid, group, chunk, x, partials);
       },
       [&](std::int64_t c) {
-        Moments total{0, 0, 0};
-        for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk)
-          total = merge(total, partials[c * grid.chunks + chunk]);
+        const Moments total = merged(partials + c, grid.chunks, channels);
         const double var = total.m2 / total.count;
         const double inv_std = 1 / std::sqrt(var + a.eps);
         a.mean[c] = total.mean;
@@ -156,8 +157,8 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
       [&](std::int64_t c) {
         GradSums total{0, 0};
         for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) {
-          total.g += partials[c * grid.chunks + chunk].g;
-          total.gx += partials[c * grid.chunks + chunk].gx;
+          total.g += partials[chunk * channels + c].g;
+          total.gx += partials[chunk * channels + c].gx;
         }
         const double sum_gn = total.gx * a.inv_std[c];
         if (a.grad_weight != nullptr) static_cast<T*>(a.grad_weight)[c] = static_cast<T>(sum_gn);

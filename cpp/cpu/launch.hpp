@@ -19,8 +19,8 @@ constexpr int epilogue_count = 0 BNEXT_EPILOGUES(BNEXT_COUNT);
 #undef BNEXT_COUNT
 
 // Serial loops over one tile; T is float or double. Arrays per channel start at channel 0, and
-// partials[channel * grid.chunks + chunk] is the place of a tile's sums. `forward` recomputes the
-// normalised value where the derivative of an epilogue needs it.
+// partials[chunk * grid.problem.c + channel] is the place of a tile's sums. `forward` recomputes
+// the normalised value where the derivative of an epilogue needs it.
 template <class T>
 struct Kernels {
   void (*moments)(const Grid&, std::int64_t group, std::int64_t chunk, const T* x,
