@@ -148,13 +148,12 @@ struct Runs {
 };
 
 // The tile that both passes over this one fetch on the way, so that memory is never idle: in the
-// next group, which comes next if the grid is pipelined, and in the mirrored place, since the first
-// pass over it goes forwards and the second pass over this one backwards. Without streaming results
-// all may well be in the cache, and nothing is fetched.
+// next group, and in the mirrored place, since the first pass over it goes forwards and the second
+// pass over this one backwards.
 class NextTile {
  public:
   NextTile(const Grid& grid, std::int64_t group, std::int64_t chunk)
-      : exists_(grid.pipelined && grid.streaming && group + 1 < grid.groups),
+      : exists_(grid.fetch_next && group + 1 < grid.groups),
         runs_(grid, exists_ ? group + 1 : group, grid.chunks - 1 - chunk) {}
 
   // What lies there in the place of the run of `channel` in `block`.
@@ -173,7 +172,7 @@ class NextTile {
 // Where nothing has fetched a run before the only or the second pass over it.
 template <class T>
 Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
-  if (!grid.streaming || grid.pipelined) return {nullptr, nullptr};
+  if (!grid.streaming || grid.fetch_next) return {nullptr, nullptr};
   return {run + length, run + length};
 }
 

@@ -8,46 +8,71 @@
 namespace bnext {
 namespace {
 
-// Philox4x32-10 of as many blocks as a vector has 64-bit lanes. Words live in the low halves of the
-// lanes; what the high halves hold never reaches them, so nothing clears it.
+// Vectors of blocks that are computed side by side: one round has to wait for the one before, so
+// there must be others to do, as many as there are registers for.
+constexpr int chains = vector_bytes == 64 ? 4 : 2;
+
+// Words of Philox4x32-10 in the low halves of 64-bit lanes; what the high halves hold never reaches
+// them, so nothing clears it.
 struct PhiloxVectors {
-  u64v word[4];
+  u64v word[4][chains];
 };
 
-BNEXT_INLINE PhiloxVectors philox_vectors(u64v block, const DropoutArgs& a) {
+// Replaces block numbers in word[0] by random words.
+BNEXT_INLINE void philox_vectors(PhiloxVectors& state, const DropoutArgs& a) {
   const u64v zero{};
-  u64v c0 = block, c1 = block >> 32, c2 = zero + (a.offset & 0xFFFFFFFFu),
-       c3 = zero + (a.offset >> 32);
+  u64v(&c)[4][chains] = state.word;
+  for (int v = 0; v < chains; ++v) {
+    c[1][v] = c[0][v] >> 32;
+    c[2][v] = zero + (a.offset & 0xFFFFFFFFu);
+    c[3][v] = zero + (a.offset >> 32);
+  }
   auto k0 = static_cast<std::uint32_t>(a.seed), k1 = static_cast<std::uint32_t>(a.seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const u64v p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ (zero + k0);
-    c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ (zero + k1);
-    c3 = p0;
+#pragma GCC unroll 4
+    for (int v = 0; v < chains; ++v) {
+      const u64v p0 = multiply_low(c[0][v], 0xD2511F53u), p1 = multiply_low(c[2][v], 0xCD9E8D57u);
+      c[0][v] = (p1 >> 32) ^ c[1][v] ^ (zero + k0);
+      c[1][v] = p1;
+      c[2][v] = (p0 >> 32) ^ c[3][v] ^ (zero + k1);
+      c[3][v] = p0;
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
 }
 
-// The 16 bits of each of the 128 elements of a span; see MaskLayout.
+// Spans whose bits are made at once.
+constexpr std::int64_t spans_at_once = vector_bytes == 64 ? 2 : 1;
+
+// The 16 bits of each of the 128 elements of each span; see MaskLayout.
 BNEXT_INLINE void span_bits(const DropoutArgs& a, std::int64_t span, std::int32_t* bits) {
   constexpr int wide = vector_bytes / 8, half = MaskLayout::span / 2;
+  constexpr int blocks = static_cast<int>(spans_at_once) * MaskLayout::lanes;
   const std::uint64_t first = static_cast<std::uint64_t>(span) * MaskLayout::lanes;
   u64v twice;
   for (int l = 0; l < wide; ++l) twice[l] = static_cast<std::uint64_t>(2 * l);
-  for (int start = 0; start < MaskLayout::lanes; start += 2 * wide) {
+  for (int start = 0; start < blocks; start += chains * wide) {
+    PhiloxVectors random;
     // Blocks with even and with odd numbers: put together, 32-bit lanes are in order.
-    const u64v number = twice + (first + static_cast<std::uint64_t>(start));
-    const PhiloxVectors even = philox_vectors(number, a), odd = philox_vectors(number + 1, a);
-    for (int w = 0; w < 4; ++w) {
-      const u32v word = (u32v)((even.word[w] & 0xFFFFFFFFu) | (odd.word[w] << 32));
-      const u32v low = word & 0xFFFFu, high = word >> 16;
-      std::int32_t* const to = bits + w * MaskLayout::lanes + start;
-      __builtin_memcpy(to, &low, sizeof low);
-      __builtin_memcpy(to + half, &high, sizeof high);
+    for (int v = 0; v < chains; ++v)
+      random.word[0][v] =
+          twice + (first + static_cast<std::uint64_t>(start + v / 2 * 2 * wide + v % 2));
+    philox_vectors(random, a);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < chains; pair += 2) {
+      const int block = start + pair * wide;
+      std::int32_t* const to =
+          bits + block / MaskLayout::lanes * MaskLayout::span + block % MaskLayout::lanes;
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; ++w) {
+        const u32v word =
+            (u32v)((random.word[w][pair] & 0xFFFFFFFFu) | (random.word[w][pair + 1] << 32));
+        const u32v low = word & 0xFFFFu, high = word >> 16;
+        __builtin_memcpy(to + w * MaskLayout::lanes, &low, sizeof low);
+        __builtin_memcpy(to + w * MaskLayout::lanes + half, &high, sizeof high);
+      }
     }
   }
 }
@@ -75,9 +100,11 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
 
   const Ahead<T> ahead{x + a.size, a.streaming ? x : nullptr};
 
+  alignas(64) std::int32_t batch[spans_at_once * span_size];
   for (std::int64_t span = first_span; span < last_span; ++span) {
-    alignas(64) std::int32_t bits[span_size];
-    span_bits(a, span, bits);
+    const std::int64_t place = (span - first_span) % spans_at_once;
+    if (place == 0) span_bits(a, span, batch);
+    const std::int32_t* const bits = batch + place * span_size;
     const std::int64_t begin = span * span_size;
     const std::int64_t count = a.size - begin < span_size ? a.size - begin : span_size;
     std::int32_t ties = 0;
@@ -86,7 +113,10 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
     const T* from = x + begin;
     write(
         y + begin, count, a.streaming,
-        [&](std::int64_t e) { return bits[e] < high ? T{0} : from[e] * scale; },
+        [&](std::int64_t e) {
+          const T kept = from[e] * scale;  // always, or there would be a branch
+          return bits[e] < high ? T{0} : kept;
+        },
         [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
     if (ties && ties_matter) settle_ties(a, begin, count, bits, y);
   }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cpu/parallel.hpp"
+
 namespace bnext {
 namespace {
 
@@ -39,6 +41,9 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
                                     p.c / enough_groups, Grid::max_group_channels});
     grid.group_channels = std::max<std::int64_t>(1, grid.group_channels);
     grid.groups = divide_up(p.c, grid.group_channels);
+    // Two groups at a time, for each of some threads; results are not in the cache then.
+    grid.fetch_next =
+        grid.group_channels * (channel_bytes / tensors) * (tensors - 1) <= cache_bytes() / 8;
     grid.rows = p.n;
     grid.rows_per_chunk = std::max<std::int64_t>(1, chunk_values / p.s);
     grid.pieces = divide_up(p.s, chunk_values);

@@ -30,8 +30,8 @@ struct Grid {
   std::int64_t rows_per_chunk;  // of every chunk but perhaps the last
   std::int64_t pieces;          // rows: of each sample; more than 1 only with 1 row a chunk
   std::int64_t chunks;
-  bool streaming;  // results go past the caches
-  bool pipelined;  // group after group goes through all passes
+  bool streaming;   // results go past the caches
+  bool fetch_next;  // passes over a group fetch the next one, which the cache has room for
 
   static constexpr std::int64_t max_group_width = 1024;   // columns of one group
   static constexpr std::int64_t max_group_channels = 64;  // rows: channels of one group

@@ -71,8 +71,9 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   };
   // Enough groups to share out: each is taken through all three steps while it is in cache. The
   // second pass goes backwards, since what the first read last is still there.
-  grid.pipelined = grid.chunks == 1 || grid.groups >= 4 * num_threads();
-  if (grid.pipelined) {
+  const bool by_groups = grid.chunks == 1 || grid.groups >= 4 * num_threads();
+  grid.fetch_next = grid.fetch_next && by_groups && grid.streaming;
+  if (by_groups) {
     parallel_for(grid.groups, work, [&](std::int64_t group) {
       for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) reduce(group, chunk);
       finish_group(group);
