@@ -215,6 +215,74 @@ def test_nothing_leaks():
     assert grown < 4096  # KiB; one x is 128 KiB, and 500 are 64 MiB
 
 
+@pytest.fixture
+def buffers():
+    """The statistics of the buffers; their limit is as before afterwards."""
+    limit = bnext.buffer_stats()["limit"]
+    yield bnext.buffer_stats
+    bnext.set_buffer_limit(limit)
+
+
+def test_results_reuse_memory_without_page_faults(buffers):
+    resource = pytest.importorskip("resource", reason="counts page faults, on POSIX only")
+    x = np.ones((16, 64, 56, 56), np.float32)
+
+    def step():
+        y, saved = F.batch_norm_forward(x)
+        F.batch_norm_backward(y, saved)
+        F.dropout_forward(x)
+        F.batch_norm_inference(x, saved.mean, saved.var)
+
+    step()
+    step()
+    before, faults = buffers(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    made = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    after = buffers()
+    assert made < 20  # the results have 12,544 pages
+    assert after["made"] == before["made"]
+    assert after["reused"] == before["reused"] + 4
+
+
+def test_reused_memory_belongs_to_one_array_at_a_time(buffers):
+    x = np.ones((4, 64, 32, 32), np.float32)
+    first = F.dropout_forward(x, 0)[0]
+    kept = first[1, :, ::2]  # a view holds the memory
+    address = first.ctypes.data
+    del first
+    second = F.dropout_forward(2 * x, 0)[0]
+    assert second.ctypes.data != address
+    assert (kept == 1).all()
+    assert (second == 2).all()
+    assert second.flags.writeable
+    assert second.ctypes.data % 64 == 0
+    del kept
+    third = F.dropout_forward(3 * x, 0)[0]
+    assert third.ctypes.data == address
+
+
+def test_buffers_stay_within_their_limit(buffers):
+    x = np.ones((4, 64, 32, 32), np.float32)
+    bnext.set_buffer_limit(x.nbytes)
+    results = [F.dropout_forward(x)[0] for _ in range(3)]
+    results.clear()
+    assert buffers()["kept"] <= x.nbytes
+    bnext.set_buffer_limit(0)
+    assert buffers()["kept"] == 0
+    made = buffers()["made"]
+    F.dropout_forward(x)
+    F.dropout_forward(x)
+    assert buffers()["made"] == made + 2
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1, ValueError), (2**80, ValueError), (1.5, TypeError), (None, TypeError)]
+)
+def test_bad_buffer_limits(buffers, value, error):
+    with pytest.raises(error, match="set_buffer_limit: bytes: expected"):
+        bnext.set_buffer_limit(value)
+
+
 def test_out_of_memory_is_a_memory_error():
     x = np.broadcast_to(np.float32(1), (2**20, 2**20, 4))
     with pytest.raises(MemoryError):
