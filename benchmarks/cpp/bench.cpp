@@ -299,10 +299,18 @@ void print_rows(const std::vector<Row>& rows, std::size_t first) {
   std::fflush(stdout);
 }
 
+// Bytes that the largest caches of as many cores hold; each core may have one of its own.
+std::int64_t cache_bytes() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  std::int64_t kilobytes = 0;
+  return file >> kilobytes ? 2 * (kilobytes << 10) : std::int64_t{64} << 20;
+}
+
 void write_json(const std::vector<Row>& rows, const Options& options) {
   std::ofstream file(options.json);
-  file << "{\"threads\": " << options.threads << ", \"backend\": \"" << bnext::backend()
-       << "\", \"version\": \"" << bnext::version() << "\", \"rows\": [\n";
+  file << "{\"threads\": " << options.threads << ", \"cache_bytes\": " << cache_bytes()
+       << ", \"backend\": \"" << bnext::backend() << "\", \"version\": \"" << bnext::version()
+       << "\", \"rows\": [\n";
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row& r = rows[i];
     file << "{\"case\": \"" << r.k.name << "\", \"shape\": [" << r.k.n << ", " << r.k.c << ", "

@@ -187,8 +187,14 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
                                   value_or<T>(a.weight, c, 1), value_or<T>(a.bias, c, 0));
   const auto apply = kernels.apply[static_cast<int>(a.activation)];
   const auto slope = static_cast<T>(a.negative_slope);
+  // One pass, in the order of memory.
+  grid.fetch_next = false;
+  if (!grid.columns) {
+    grid.rows_per_chunk = 1;
+    grid.chunks = grid.rows * grid.pieces;
+  }
   parallel_for(grid.groups * grid.chunks, a.problem.size(), [&](std::int64_t tile) {
-    apply(grid, tile / grid.chunks, tile % grid.chunks, static_cast<const T*>(a.x), forward, slope,
+    apply(grid, tile % grid.groups, tile / grid.groups, static_cast<const T*>(a.x), forward, slope,
           static_cast<T*>(a.y));
   });
 }
