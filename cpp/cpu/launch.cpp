@@ -187,12 +187,14 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
                                   value_or<T>(a.weight, c, 1), value_or<T>(a.bias, c, 0));
   const auto apply = kernels.apply[static_cast<int>(a.activation)];
   const auto slope = static_cast<T>(a.negative_slope);
-  // One pass, in the order of memory.
+  // One pass, in the order of memory: no sums to make, so the tiles can be what suits the threads.
   grid.fetch_next = false;
-  if (!grid.columns) {
+  constexpr std::int64_t enough = 4;
+  if (!grid.columns)
     grid.rows_per_chunk = 1;
-    grid.chunks = grid.rows * grid.pieces;
-  }
+  else if (grid.chunks < enough)
+    grid.rows_per_chunk = (grid.rows + enough - 1) / enough;
+  grid.chunks = (grid.rows + grid.rows_per_chunk - 1) / grid.rows_per_chunk * grid.pieces;
   parallel_for(grid.groups * grid.chunks, a.problem.size(), [&](std::int64_t tile) {
     apply(grid, tile % grid.groups, tile / grid.groups, static_cast<const T*>(a.x), forward, slope,
           static_cast<T*>(a.y));
