@@ -68,7 +68,6 @@ struct DropoutArgs {
   std::uint64_t seed;
   std::uint64_t offset;
   void* y;
-  bool streaming = false;  // the launcher decides: the result goes past the caches
 };
 
 }  // namespace bnext

@@ -22,8 +22,11 @@ struct ShiftedSums {
 template <class T>
 constexpr bool exact_products = sizeof(T) == 4;
 
-inline bool needs_center(const ShiftedSums& s, double count) {
-  return !(s.squares - s.total * (s.total / count) > 1e-9 * s.squares);
+// The center that sums of `count` values around zero ask for; 0 if they are good enough.
+template <class T>
+double wanted_center(const ShiftedSums& s, double count) {
+  const bool good = s.squares - s.total * (s.total / count) > 1e-9 * s.squares;
+  return good ? 0 : static_cast<double>(static_cast<T>(s.total / count));
 }
 
 // Accumulates packs of one channel.
@@ -106,13 +109,13 @@ struct GradientSums {
   }
 };
 
-// to[i] = g[i] times the derivative of the epilogue at x[i].
-template <class T, class Epilogue>
-BNEXT_INLINE void through_epilogue(const T* g, const T* x, std::int64_t length, const Affine<T>& f,
+// to[i] = g[i] times the derivative of the epilogue at x[i], which `affine(i)` normalises.
+template <class Epilogue, class T, class Coefficients>
+BNEXT_INLINE void through_epilogue(const T* g, const T* x, std::int64_t length, Coefficients affine,
                                    T slope, T* to) {
 #pragma omp simd
   for (std::int64_t i = 0; i < length; ++i)
-    to[i] = g[i] * Epilogue::derivative(apply(f, x[i]), slope);
+    to[i] = g[i] * Epilogue::derivative(apply(affine(i), x[i]), slope);
 }
 
 // -- rows: some channels, in runs of contiguous values --------------------------------------------
@@ -222,9 +225,7 @@ void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, cons
     shifted_sums_rows<T, false>(grid, runs, next_tile, x, center, sums);
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     if constexpr (exact_products<T>)
-      center[c] = needs_center(sums[c], count)
-                      ? static_cast<double>(static_cast<T>(sums[c].total / count))
-                      : 0;
+      center[c] = wanted_center<T>(sums[c], count);
     else
       center[c] = static_cast<double>(x[runs.offset(0, c)]);
     again |= !(center[c] == 0);
@@ -289,7 +290,8 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
         next_x.fetch_early(i, count);
         const T* at = g + i;
         if constexpr (!Epilogue::linear) {
-          through_epilogue<T, Epilogue>(at, values + i, count, f, slope, passed);
+          through_epilogue<Epilogue>(
+              at, values + i, count, [&](std::int64_t) { return f; }, slope, passed);
           at = passed;
         }
         if (count == stretch)
@@ -372,9 +374,9 @@ BNEXT_INLINE void spread(const Grid& grid, const Columns& columns, T* __restrict
   for (std::int64_t w = columns.width; w < columns.width + lanes; ++w) to[w] = 0;
 }
 
-// sums[c] = the sum of the columns of channel c. `columns_of` may be overwritten.
-BNEXT_INLINE void gather(const Grid& grid, const Columns& columns, double* __restrict columns_of,
-                         double* __restrict sums) {
+// sums[c] = the sum of the columns of channel c.
+BNEXT_INLINE void gather(const Grid& grid, const Columns& columns,
+                         const double* __restrict columns_of, double* __restrict sums) {
   if (grid.problem.channels_last) {
     for (std::int64_t c = 0; c < columns.channels; ++c) sums[c] = columns_of[c];
     for (std::int64_t w = columns.channels; w < columns.width; w += columns.channels)
@@ -470,8 +472,7 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
     gather(grid, columns, total, sums);
     gather(grid, columns, squares, sumsqs);
     for (std::int64_t c = 0; c < columns.channels; ++c) {
-      const bool bad = needs_center({sums[c], sumsqs[c]}, count);
-      centers[c] = bad ? static_cast<double>(static_cast<T>(sums[c] / count)) : 0;
+      centers[c] = wanted_center<T>({sums[c], sumsqs[c]}, count);
       again |= !(centers[c] == 0);
     }
   } else {
@@ -559,13 +560,11 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     const T* values = x + r * grid.width + columns.first;
     T passed[lanes] = {};
     std::int64_t w = 0;
+    const auto affine = [&](std::int64_t l) { return f[w + l]; };
     const auto read_g = [&](std::int64_t k) __attribute__((always_inline)) {
       const T* from = g + k * grid.width + w;
       if constexpr (!Epilogue::linear) {
-        const T* at = values + k * grid.width + w;
-#pragma omp simd
-        for (std::int64_t l = 0; l < lanes; ++l)
-          passed[l] = from[l] * Epilogue::derivative(apply(f[w + l], at[l]), slope);
+        through_epilogue<Epilogue>(from, values + k * grid.width + w, lanes, affine, slope, passed);
         from = passed;
       }
       return load_wide(from);
@@ -584,10 +583,10 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     add_grad_columns<T>(
         count, center + w,
         [&](std::int64_t k) {
-          const T *from = g + k * grid.width + w, *at = values + k * grid.width + w;
+          const T* from = g + k * grid.width + w;
           if constexpr (!Epilogue::linear) {
-            for (std::int64_t l = 0; l < rest; ++l)
-              passed[l] = from[l] * Epilogue::derivative(apply(f[w + l], at[l]), slope);
+            through_epilogue<Epilogue>(from, values + k * grid.width + w, rest, affine, slope,
+                                       passed);
             from = passed;
           }
           return widen(load_first(from, rest, T{0}));

@@ -90,7 +90,8 @@ void settle_ties(const DropoutArgs& a, std::int64_t begin, std::int64_t count,
 }
 
 template <class T>
-void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span) {
+void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
+             bool streaming) {
   constexpr int span_size = MaskLayout::span;
   const auto* x = static_cast<const T*>(a.x);
   auto* y = static_cast<T*>(a.y);
@@ -98,7 +99,7 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
   const auto high = static_cast<std::int32_t>(a.threshold >> 16);  // up to 2^16
   const bool ties_matter = (a.threshold & 0xFFFFu) != 0;
 
-  const Ahead<T> ahead{x + a.size, a.streaming ? x : nullptr};
+  const Ahead<T> ahead{x + a.size, streaming ? x : nullptr};
 
   alignas(64) std::int32_t batch[spans_at_once * span_size];
   for (std::int64_t span = first_span; span < last_span; ++span) {
@@ -112,7 +113,7 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
     for (int e = 0; e < span_size; ++e) ties |= bits[e] == high;
     const T* from = x + begin;
     write(
-        y + begin, count, a.streaming,
+        y + begin, count, streaming,
         [&](std::int64_t e) {
           const T kept = from[e] * scale;  // always, or there would be a branch
           return bits[e] < high ? T{0} : kept;
@@ -120,7 +121,7 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
         [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
     if (ties && ties_matter) settle_ties(a, begin, count, bits, y);
   }
-  if (a.streaming) finish_streaming();
+  if (streaming) finish_streaming();
 }
 
 }  // namespace

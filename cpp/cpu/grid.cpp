@@ -26,10 +26,20 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) {
 
 }  // namespace
 
+void Grid::cut(std::int64_t rows_of_a_chunk) {
+  rows_per_chunk = rows_of_a_chunk;
+  chunks = divide_up(rows, rows_per_chunk) * pieces;
+}
+
+bool worth_streaming(std::int64_t bytes) {
+  return bytes > cache_bytes();
+}
+
 Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   Grid grid{};
   grid.problem = p;
   grid.replicas = grid.pieces = 1;
+  grid.streaming = worth_streaming(tensors * p.size() * item);
   if (p.s == 1) grid.problem.channels_last = true;  // the same memory
   grid.columns = grid.problem.channels_last || p.s < short_row;
 
@@ -45,9 +55,8 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
     grid.fetch_next =
         grid.group_channels * (channel_bytes / tensors) * (tensors - 1) <= cache_bytes() / 8;
     grid.rows = p.n;
-    grid.rows_per_chunk = std::max<std::int64_t>(1, chunk_values / p.s);
     grid.pieces = divide_up(p.s, chunk_values);
-    grid.chunks = divide_up(p.n, grid.rows_per_chunk) * grid.pieces;
+    grid.cut(std::max<std::int64_t>(1, chunk_values / p.s));
     return grid;
   }
 
@@ -80,9 +89,7 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   }
   grid.groups = divide_up(p.c, grid.group_channels);
   const std::int64_t group_width = grid.group_channels * columns_per_channel * grid.replicas;
-  grid.rows_per_chunk =
-      std::max({vector_width, chunk_area / group_width, divide_up(grid.rows, enough_chunks)});
-  grid.chunks = divide_up(grid.rows, grid.rows_per_chunk);
+  grid.cut(std::max({vector_width, chunk_area / group_width, divide_up(grid.rows, enough_chunks)}));
   return grid;
 }
 

@@ -41,6 +41,9 @@ struct Grid {
     const std::int64_t end = (group + 1) * group_channels;
     return end < problem.c ? end : problem.c;
   }
+  // Cuts every piece of the rows into chunks of so many.
+  void cut(std::int64_t rows_of_a_chunk);
+
   std::int64_t first_row(std::int64_t chunk) const { return chunk / pieces * rows_per_chunk; }
   std::int64_t last_row(std::int64_t chunk) const {
     const std::int64_t end = first_row(chunk) + rows_per_chunk;
@@ -52,6 +55,11 @@ struct Grid {
     return (chunk % pieces + 1) * problem.s / pieces;
   }
 };
+
+// Whether to write past the caches: a result would not stay there until somebody reads it, and
+// would push out the input, which a second pass reads again. `bytes` are those of inputs and
+// results.
+bool worth_streaming(std::int64_t bytes);
 
 // For an operation that takes `tensors` tensors of `item` bytes a value through the caches.
 Grid make_grid(const Problem& problem, std::int64_t tensors, std::int64_t item);

@@ -51,13 +51,6 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
   return array != nullptr ? static_cast<double>(static_cast<const T*>(array)[c]) : otherwise;
 }
 
-// Whether to write past the caches: the result would not stay there until somebody reads it, and
-// would push out the input, which the second pass reads again.
-template <class T>
-bool worth_streaming(std::int64_t tensors, std::int64_t size) {
-  return tensors * size * static_cast<std::int64_t>(sizeof(T)) > cache_bytes();
-}
-
 // Merging two sums takes about as long as a pass over so many elements.
 constexpr std::int64_t merge_work = 16;
 
@@ -96,7 +89,6 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
 template <class T>
 void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
   Grid grid = make_grid(a.problem, 2, sizeof(T));
-  grid.streaming = worth_streaming<T>(2, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Moments>(channels * grid.chunks) +
                       Workspace::bytes<Affine<T>>(channels));
@@ -130,7 +122,6 @@ void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
 template <class T>
 void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
   Grid grid = make_grid(a.problem, 3, sizeof(T));
-  grid.streaming = worth_streaming<T>(3, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<GradSums>(channels * grid.chunks) +
                       Workspace::bytes<Affine<T>>(channels) +
@@ -177,7 +168,6 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
 template <class T>
 void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
   Grid grid = make_grid(a.problem, 2, sizeof(T));
-  grid.streaming = worth_streaming<T>(2, a.problem.size());
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Affine<T>>(channels));
   auto* forward = workspace.take<Affine<T>>(channels);
@@ -191,10 +181,9 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
   grid.fetch_next = false;
   constexpr std::int64_t enough = 4;
   if (!grid.columns)
-    grid.rows_per_chunk = 1;
+    grid.cut(1);
   else if (grid.chunks < enough)
-    grid.rows_per_chunk = (grid.rows + enough - 1) / enough;
-  grid.chunks = (grid.rows + grid.rows_per_chunk - 1) / grid.rows_per_chunk * grid.pieces;
+    grid.cut((grid.rows + enough - 1) / enough);
   parallel_for(grid.groups * grid.chunks, a.problem.size(), [&](std::int64_t tile) {
     apply(grid, tile % grid.groups, tile / grid.groups, static_cast<const T*>(a.x), forward, slope,
           static_cast<T*>(a.y));
@@ -202,15 +191,14 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
 }
 
 template <class T>
-void launch(const DropoutArgs& checked, const Kernels<T>& kernels) {
-  DropoutArgs a = checked;
-  a.streaming = worth_streaming<T>(2, a.size);
+void launch(const DropoutArgs& a, const Kernels<T>& kernels) {
+  const bool streaming = worth_streaming(2 * a.size * static_cast<std::int64_t>(sizeof(T)));
   constexpr std::int64_t spans_per_task = 256;
   const std::int64_t spans = (a.size + MaskLayout::span - 1) / MaskLayout::span;
   const std::int64_t tasks = (spans + spans_per_task - 1) / spans_per_task;
   parallel_for(tasks, a.size, [&](std::int64_t task) {
     const std::int64_t first = task * spans_per_task;
-    kernels.dropout(a, first, std::min(first + spans_per_task, spans));
+    kernels.dropout(a, first, std::min(first + spans_per_task, spans), streaming);
   });
 }
 

@@ -34,7 +34,7 @@ struct Kernels {
                                      const T* grad_y, const T* x, const Affine<T>* forward,
                                      const GradAffine<T>* backward, T negative_slope, T* grad_x);
   // Spans [first, last) of MaskLayout::span elements.
-  void (*dropout)(const DropoutArgs&, std::int64_t first, std::int64_t last);
+  void (*dropout)(const DropoutArgs&, std::int64_t first, std::int64_t last, bool streaming);
 };
 
 template <class T>

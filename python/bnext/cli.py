@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import itertools
 import math
 import re
 import sys
@@ -393,11 +392,9 @@ def _default_folder(options: Options) -> Path:
 def _numbered(folder: Path) -> list[Path]:
     """`folder`, folder-2, folder-3, ... up to the first that does not exist."""
     paths = [folder]
-    for number in itertools.count(2):
-        if not paths[-1].exists():
-            return paths
-        paths.append(folder.with_name(f"{folder.name}-{number}"))
-    raise AssertionError
+    while paths[-1].exists():
+        paths.append(folder.with_name(f"{folder.name}-{len(paths) + 1}"))
+    return paths
 
 
 def _new_folder(folder: Path) -> Path:
