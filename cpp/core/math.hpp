@@ -62,8 +62,9 @@ BNEXT_HD static inline Affine<T> normalisation(double mean, double inv_std, doub
   return {rounded, static_cast<T>(scale), static_cast<T>(shift)};
 }
 
-template <class T>
-BNEXT_HD static inline T apply(const Affine<T>& f, T x) {
+// Also for vectors of T, with the coefficients of one channel or vectors of them.
+template <class T, class X>
+BNEXT_HD static inline X apply(const Affine<T>& f, X x) {
   return (x - f.mean) * f.scale + f.shift;
 }
 
@@ -86,45 +87,46 @@ BNEXT_HD static inline GradAffine<T> grad_normalisation(double mean, double inv_
           static_cast<T>(shift)};
 }
 
-template <class T>
-BNEXT_HD static inline T apply(const GradAffine<T>& f, T g, T x) {
+template <class T, class X>
+BNEXT_HD static inline X apply(const GradAffine<T>& f, X g, X x) {
   return f.g_scale * (g - f.g_mean) + f.x_scale * (x - f.x_mean) + f.shift;
 }
 
-// Epilogues: value(z) and its derivative, of the normalised z; linear: value(z) = z. NaN stays NaN.
+// Epilogues: value(z) of the normalised z, and the gradient at z for the gradient g at value(z), of
+// scalars or vectors; linear: value(z) = z. NaN stays NaN.
 namespace epilogue {
 namespace {
 struct none {
   static constexpr bool linear = true;
-  template <class T>
-  BNEXT_HD static T value(T z, T) {
+  template <class X, class T>
+  BNEXT_HD static X value(X z, T) {
     return z;
   }
-  template <class T>
-  BNEXT_HD static T derivative(T, T) {
-    return 1;
+  template <class X, class T>
+  BNEXT_HD static X gradient(X g, X, T) {
+    return g;
   }
 };
 struct relu {
   static constexpr bool linear = false;
-  template <class T>
-  BNEXT_HD static T value(T z, T) {
-    return z <= 0 ? 0 : z;
+  template <class X, class T>
+  BNEXT_HD static X value(X z, T) {
+    return z <= X{} ? X{} : z;
   }
-  template <class T>
-  BNEXT_HD static T derivative(T z, T) {
-    return z > 0 ? 1 : 0;
+  template <class X, class T>
+  BNEXT_HD static X gradient(X g, X z, T) {
+    return z <= X{} ? X{} : g;
   }
 };
 struct leaky_relu {
   static constexpr bool linear = false;
-  template <class T>
-  BNEXT_HD static T value(T z, T slope) {
-    return z > 0 ? z : z * slope;
+  template <class X, class T>
+  BNEXT_HD static X value(X z, T slope) {
+    return z > X{} ? z : z * slope;
   }
-  template <class T>
-  BNEXT_HD static T derivative(T z, T slope) {
-    return z > 0 ? 1 : slope;
+  template <class X, class T>
+  BNEXT_HD static X gradient(X g, X z, T slope) {
+    return z > X{} ? g : g * slope;
   }
 };
 }  // namespace

@@ -82,15 +82,17 @@ struct GradientSums {
   explicit BNEXT_INLINE GradientSums(double mean_)
       : mean(broadcast(mean_)), total{}, even{}, odd{} {}
 
-  BNEXT_INLINE void add(const T* g, const T* x, std::int64_t count) {
+  // `count` packs of values x and of gradients, read by gradients(k).
+  template <class Gradients>
+  BNEXT_INLINE void add(const T* x, std::int64_t count, Gradients gradients) {
     std::int64_t k = 0;
-    for (; k + 2 <= count; k += 2, g += 2 * lanes, x += 2 * lanes) {
-      const Pack<double> a = load_wide(g), b = load_wide(g + lanes);
+    for (; k + 2 <= count; k += 2, x += 2 * lanes) {
+      const Pack<double> a = gradients(k), b = gradients(k + 1);
       total = total + (a + b);
       even = product_add(a, load_wide(x), even);
       odd = product_add(b, load_wide(x + lanes), odd);
     }
-    if (k < count) add(load_wide(g), load_wide(x));
+    if (k < count) add(gradients(k), load_wide(x));
   }
   BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
     total = total + g;
@@ -109,13 +111,17 @@ struct GradientSums {
   }
 };
 
-// to[i] = g[i] times the derivative of the epilogue at x[i], which `affine(i)` normalises.
-template <class Epilogue, class T, class Coefficients>
-BNEXT_INLINE void through_epilogue(const T* g, const T* x, std::int64_t length, Coefficients affine,
-                                   T slope, T* to) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < length; ++i)
-    to[i] = g[i] * Epilogue::derivative(apply(affine(i), x[i]), slope);
+// The gradients at the normalised values, as doubles, for gradients g at the results and values x.
+template <class Epilogue, class T>
+BNEXT_INLINE Pack<double> through_epilogue(Pack<T> g, Pack<T> x, const Affine<Pack<T>>& f,
+                                           T slope) {
+  if constexpr (Epilogue::linear) return widen(g);
+  using V = typename Native<T>::type;
+  return widen(each_vector(
+      [slope](V g_, V x_, V mean, V scale, V shift) __attribute__((always_inline)) {
+        return Epilogue::gradient(g_, apply(Affine<V>{mean, scale, shift}, x_), slope);
+      },
+      g, x, f.mean, f.scale, f.shift));
 }
 
 // -- rows: some channels, in runs of contiguous values --------------------------------------------
@@ -138,6 +144,15 @@ struct Runs {
     return start + block * between_samples + channel * between_channels;
   }
   std::int64_t values() const { return blocks * length; }  // of each channel
+  // Calls body(first, last, channel) for the runs of a channel in some samples, and for all
+  // channels before it goes on to the next samples: few streams of memory, and few times that the
+  // sums of a channel are taken up and put down.
+  template <class Body>
+  BNEXT_INLINE void each_some(Body body) const {
+    constexpr std::int64_t some = 4;
+    for (std::int64_t b = 0; b < blocks; b += some)
+      for (std::int64_t c = 0; c < channels; ++c) body(b, b + some < blocks ? b + some : blocks, c);
+  }
   // What the end of a block is followed by, going forwards.
   template <class T>
   Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
@@ -188,12 +203,12 @@ void shifted_sums_rows(const Grid& grid, const Runs& runs, const NextTile& next_
   MomentSums<T, centered> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c)
     channel_sums[c] = MomentSums<T, centered>(centered ? center[c] : 0);
-  for (std::int64_t b = 0; b < runs.blocks; ++b) {
-    const Ahead<T> ahead = runs.ahead(grid, x, b);
-    for (std::int64_t c = 0; c < runs.channels; ++c) {
+  runs.each_some([&](std::int64_t first, std::int64_t last, std::int64_t c) {
+    MomentSums<T, centered> s = channel_sums[c];
+    for (std::int64_t b = first; b < last; ++b) {
       const T* run = x + runs.offset(b, c);
+      const Ahead<T> ahead = runs.ahead(grid, x, b);
       const Next<T> next = next_tile.next(x, b, c);
-      MomentSums<T, centered> s = channel_sums[c];
       std::int64_t i = 0;
       for (; i + stretch <= runs.length; i += stretch) {
         ahead.fetch(run + i, stretch);
@@ -206,9 +221,9 @@ void shifted_sums_rows(const Grid& grid, const Runs& runs, const NextTile& next_
       if (rest > 0)
         s.add(widen(
             load_first(run + runs.length - rest, rest, static_cast<T>(centered ? center[c] : 0))));
-      channel_sums[c] = s;
     }
-  }
+    channel_sums[c] = s;
+  });
   for (std::int64_t c = 0; c < runs.channels; ++c) sums[c] = channel_sums[c].sums();
 }
 
@@ -251,9 +266,11 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
       const Next<T> next = next_tile.next(x, b, c);
       const T* from = x + offset;
       const Ahead<T> ahead = within(grid, from, runs.length);
-      write(
-          y + offset, runs.length, grid.streaming,
-          [&](std::int64_t i) { return Epilogue::value(apply(f, from[i]), slope); },
+      write<1>(
+          y + offset, 0, runs.length, grid.streaming, [&](auto) { return f; },
+          [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
+            return Epilogue::value(apply(affine, at(from)), slope);
+          },
           [&](std::int64_t i, std::int64_t count) {
             ahead.fetch(from + i, count);
             next.fetch_late(i, count);
@@ -272,15 +289,15 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
   forward += runs.first_channel;
   GradientSums<T> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
-  for (std::int64_t b = 0; b < runs.blocks; ++b) {
-    const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
-    for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const Affine<T> f = forward[c];
+  runs.each_some([&](std::int64_t first, std::int64_t last, std::int64_t c) {
+    const Affine<T> f = forward[c];
+    const Affine<Pack<T>> packs{broadcast(f.mean), broadcast(f.scale), broadcast(f.shift)};
+    GradientSums<T> s = channel_sums[c];
+    for (std::int64_t b = first; b < last; ++b) {
       const std::int64_t offset = runs.offset(b, c);
       const T *g = grad_y + offset, *values = x + offset;
+      const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
       const Next<T> next_g = next_tile.next(grad_y, b, c), next_x = next_tile.next(x, b, c);
-      GradientSums<T> s = channel_sums[c];
-      T passed[stretch];
       for (std::int64_t i = 0; i < runs.length; i += stretch) {
         const std::int64_t count = runs.length - i < stretch ? runs.length - i : stretch;
         const std::int64_t whole = count / lanes, rest = count % lanes;
@@ -288,23 +305,25 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
         ahead_x.fetch(values + i, count);
         next_g.fetch_early(i, count);
         next_x.fetch_early(i, count);
-        const T* at = g + i;
-        if constexpr (!Epilogue::linear) {
-          through_epilogue<Epilogue>(
-              at, values + i, count, [&](std::int64_t) { return f; }, slope, passed);
-          at = passed;
-        }
+        const auto gradients = [&](std::int64_t k) __attribute__((always_inline)) {
+          const T *g_k = g + i + k * lanes, *x_k = values + i + k * lanes;
+          if constexpr (Epilogue::linear) return load_wide(g_k);
+          return through_epilogue<Epilogue>(load(g_k), load(x_k), packs, slope);
+        };
         if (count == stretch)
-          s.add(at, values + i, stretch / lanes);
+          s.add(values + i, stretch / lanes, gradients);
         else
-          s.add(at, values + i, whole);
-        if (rest > 0)
-          s.add(widen(load_first(at + whole * lanes, rest, T{0})),
-                widen(load_first(values + i + whole * lanes, rest, f.mean)));
+          s.add(values + i, whole, gradients);
+        if (rest > 0) {
+          const Pack<T> last_x = load_first(values + i + whole * lanes, rest, f.mean);
+          s.add(through_epilogue<Epilogue>(load_first(g + i + whole * lanes, rest, T{0}), last_x,
+                                           packs, slope),
+                widen(last_x));
+        }
       }
-      channel_sums[c] = s;
     }
-  }
+    channel_sums[c] = s;
+  });
   for (std::int64_t c = 0; c < runs.channels; ++c)
     partials[chunk * grid.problem.c + runs.first_channel + c] = channel_sums[c].sums(mean[c]);
 }
@@ -324,10 +343,11 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
       const T *g = grad_y + offset, *values = x + offset;
       const Ahead<T> ahead_g = within(grid, g, runs.length);
       const Ahead<T> ahead_x = within(grid, values, runs.length);
-      write(
-          grad_x + offset, runs.length, grid.streaming,
-          [&](std::int64_t i) {
-            return apply(k, g[i] * Epilogue::derivative(apply(f, values[i]), slope), values[i]);
+      write<1>(
+          grad_x + offset, 0, runs.length, grid.streaming, [&](auto) { return k; },
+          [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
+            const auto v = at(values);
+            return apply(affine, Epilogue::gradient(at(g), apply(f, v), slope), v);
           },
           [&](std::int64_t i, std::int64_t count) {
             ahead_g.fetch(g + i, count);
@@ -365,10 +385,11 @@ BNEXT_INLINE void spread(const Grid& grid, const Columns& columns, T* __restrict
     for (std::int64_t w = columns.channels; w < columns.width; ++w)
       to[w] = to[w - columns.channels];
   } else {
+    // Whole packs: what one channel writes too much, the next one and the end overwrite.
     const std::int64_t s = grid.problem.s;
     for (std::int64_t c = 0; c < columns.channels; ++c) {
-      const T v = value(c);
-      for (std::int64_t i = 0; i < s; ++i) to[c * s + i] = v;
+      const Pack<T> v = broadcast(value(c));
+      for (std::int64_t i = 0; i < s; i += lanes) store(v, to + c * s + i);
     }
   }
   for (std::int64_t w = columns.width; w < columns.width + lanes; ++w) to[w] = 0;
@@ -511,21 +532,81 @@ struct ColumnAffine {
     spread(grid, columns, shift, [&](std::int64_t c) { return f[c].shift; });
   }
 
-  BNEXT_INLINE Affine<T> operator[](std::int64_t w) const { return {mean[w], scale[w], shift[w]}; }
+  template <class Place>
+  BNEXT_INLINE Affine<typename Place::Vector> at(Place place) const {
+    return {place(mean), place(scale), place(shift)};
+  }
+  BNEXT_INLINE Affine<Pack<T>> packs(std::int64_t w) const {
+    return {load(mean + w), load(scale + w), load(shift + w)};
+  }
 };
+
+template <class T>
+struct ColumnGradAffine {
+  T g_mean[max_columns], g_scale[max_columns], x_mean[max_columns], x_scale[max_columns],
+      shift[max_columns];
+
+  ColumnGradAffine(const Grid& grid, const Columns& columns, const GradAffine<T>* backward) {
+    const GradAffine<T>* k = backward + columns.first_channel;
+    spread(grid, columns, g_mean, [&](std::int64_t c) { return k[c].g_mean; });
+    spread(grid, columns, g_scale, [&](std::int64_t c) { return k[c].g_scale; });
+    spread(grid, columns, x_mean, [&](std::int64_t c) { return k[c].x_mean; });
+    spread(grid, columns, x_scale, [&](std::int64_t c) { return k[c].x_scale; });
+    spread(grid, columns, shift, [&](std::int64_t c) { return k[c].shift; });
+  }
+
+  template <class Place>
+  BNEXT_INLINE GradAffine<typename Place::Vector> at(Place place) const {
+    return {place(g_mean), place(g_scale), place(x_mean), place(x_scale), place(shift)};
+  }
+};
+
+// Of both directions.
+template <class F, class K>
+struct BothAffine {
+  F forward;
+  K backward;
+};
+
+// A number that the compiler knows.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+// Calls body(rows, r, width), rows a Constant, for the rows of a chunk from the last to the first:
+// some at once where their lines lie side by side.
+template <class T, class Body>
+BNEXT_INLINE void for_each_rows_backwards(const Grid& grid, const Columns& columns,
+                                          std::int64_t chunk, Body body) {
+  constexpr int together = 4;
+  const std::int64_t first = grid.first_row(chunk);
+  std::int64_t r = grid.last_row(chunk);
+  const std::int64_t end_width = row_width(grid, columns, r - 1);
+  if (end_width != columns.width) body(Constant<1>{}, --r, end_width);
+  // Rows a multiple of a page apart would get into each other's way in the cache.
+  if (grid.width % line_length<T> == 0 && grid.width % (64 * line_length<T>) != 0)
+    while (r - together >= first) body(Constant<together>{}, r -= together, columns.width);
+  while (r > first) body(Constant<1>{}, --r, columns.width);
+}
 
 template <class T, class Epilogue>
 void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
                    const Affine<T>* forward, T slope, T* y) {
   const Columns columns(grid, group);
   const ColumnAffine<T> f(grid, columns, forward);
-  for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
-    const T* from = x + r * grid.width + columns.first;
-    write(
-        y + r * grid.width + columns.first, row_width(grid, columns, r), grid.streaming,
-        [&](std::int64_t w) { return Epilogue::value(apply(f[w], from[w]), slope); },
-        [](std::int64_t, std::int64_t) {});
-  }
+  for_each_rows_backwards<T>(
+      grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
+        const std::int64_t offset = r * grid.width + columns.first;
+        const T* from = x + offset;
+        write<decltype(rows)::value>(
+            y + offset, grid.width, width, grid.streaming,
+            [&](auto at) __attribute__((always_inline)) { return f.at(at); },
+            [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
+              return Epilogue::value(apply(affine, at(from + row * grid.width)), slope);
+            },
+            [](std::int64_t, std::int64_t) {});
+      });
   if (grid.streaming) finish_streaming();
 }
 
@@ -558,19 +639,15 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
   for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
     const T* g = grad_y + r * grid.width + columns.first;
     const T* values = x + r * grid.width + columns.first;
-    T passed[lanes] = {};
     std::int64_t w = 0;
-    const auto affine = [&](std::int64_t l) { return f[w + l]; };
-    const auto read_g = [&](std::int64_t k) __attribute__((always_inline)) {
-      const T* from = g + k * grid.width + w;
-      if constexpr (!Epilogue::linear) {
-        through_epilogue<Epilogue>(from, values + k * grid.width + w, lanes, affine, slope, passed);
-        from = passed;
-      }
-      return load_wide(from);
-    };
     const auto read_x = [&](std::int64_t k) __attribute__((always_inline)) {
       return load_wide(values + k * grid.width + w);
+    };
+    const auto read_g = [&](std::int64_t k) __attribute__((always_inline)) {
+      const T* from = g + k * grid.width + w;
+      if constexpr (Epilogue::linear) return load_wide(from);
+      return through_epilogue<Epilogue>(load(from), load(values + k * grid.width + w), f.packs(w),
+                                        slope);
     };
     for (; w + lanes <= width; w += lanes) {
       if (count == row_block)
@@ -579,20 +656,16 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
         add_grad_columns<T>(count, center + w, read_g, read_x, total + w, products + w);
     }
     if (w == width) return;
-    const std::int64_t rest = width - w;
+    const auto rest_x = [&](std::int64_t k) {
+      return load_first(values + k * grid.width + w, width - w, T{0});
+    };
     add_grad_columns<T>(
         count, center + w,
         [&](std::int64_t k) {
-          const T* from = g + k * grid.width + w;
-          if constexpr (!Epilogue::linear) {
-            through_epilogue<Epilogue>(from, values + k * grid.width + w, rest, affine, slope,
-                                       passed);
-            from = passed;
-          }
-          return widen(load_first(from, rest, T{0}));
+          const Pack<T> rest_g = load_first(g + k * grid.width + w, width - w, T{0});
+          return through_epilogue<Epilogue>(rest_g, rest_x(k), f.packs(w), slope);
         },
-        [&](std::int64_t k) { return widen(load_first(values + k * grid.width + w, rest, T{0})); },
-        total + w, products + w);
+        [&](std::int64_t k) { return widen(rest_x(k)); }, total + w, products + w);
   });
   gather(grid, columns, total, sums_g);
   gather(grid, columns, products, sums_gx);
@@ -607,24 +680,23 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
                         T slope, T* grad_x) {
   const Columns columns(grid, group);
   const ColumnAffine<T> f(grid, columns, forward);
-  const GradAffine<T>* b = backward + columns.first_channel;
-  T g_mean[max_columns], g_scale[max_columns], x_scale[max_columns], shift[max_columns];
-  spread(grid, columns, g_mean, [&](std::int64_t c) { return b[c].g_mean; });
-  spread(grid, columns, g_scale, [&](std::int64_t c) { return b[c].g_scale; });
-  spread(grid, columns, x_scale, [&](std::int64_t c) { return b[c].x_scale; });
-  spread(grid, columns, shift, [&](std::int64_t c) { return b[c].shift; });
-  for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
-    const T* g = grad_y + r * grid.width + columns.first;
-    const T* values = x + r * grid.width + columns.first;
-    write(
-        grad_x + r * grid.width + columns.first, row_width(grid, columns, r), grid.streaming,
-        [&](std::int64_t w) {
-          const GradAffine<T> column{g_mean[w], g_scale[w], f.mean[w], x_scale[w], shift[w]};
-          return apply(column, g[w] * Epilogue::derivative(apply(f[w], values[w]), slope),
-                       values[w]);
-        },
-        [](std::int64_t, std::int64_t) {});
-  }
+  const ColumnGradAffine<T> k(grid, columns, backward);
+  for_each_rows_backwards<T>(
+      grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
+        const std::int64_t offset = r * grid.width + columns.first;
+        write<decltype(rows)::value>(
+            grad_x + offset, grid.width, width, grid.streaming,
+            [&](auto at) __attribute__((always_inline)) {
+              return BothAffine<decltype(f.at(at)), decltype(k.at(at))>{f.at(at), k.at(at)};
+            },
+            [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
+              const auto g = at(grad_y + offset + row * grid.width);
+              const auto v = at(x + offset + row * grid.width);
+              return apply(affine.backward, Epilogue::gradient(g, apply(affine.forward, v), slope),
+                           v);
+            },
+            [](std::int64_t, std::int64_t) {});
+      });
   if (grid.streaming) finish_streaming();
 }
 

@@ -92,33 +92,33 @@ void settle_ties(const DropoutArgs& a, std::int64_t begin, std::int64_t count,
 template <class T>
 void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
              bool streaming) {
-  constexpr int span_size = MaskLayout::span;
+  constexpr std::int64_t batch = spans_at_once * MaskLayout::span;
   const auto* x = static_cast<const T*>(a.x);
   auto* y = static_cast<T*>(a.y);
   const auto scale = static_cast<T>(a.scale);
   const auto high = static_cast<std::int32_t>(a.threshold >> 16);  // up to 2^16
   const bool ties_matter = (a.threshold & 0xFFFFu) != 0;
+  const std::int64_t end =
+      last_span * MaskLayout::span < a.size ? last_span * MaskLayout::span : a.size;
 
   const Ahead<T> ahead{x + a.size, streaming ? x : nullptr};
 
-  alignas(64) std::int32_t batch[spans_at_once * span_size];
-  for (std::int64_t span = first_span; span < last_span; ++span) {
-    const std::int64_t place = (span - first_span) % spans_at_once;
-    if (place == 0) span_bits(a, span, batch);
-    const std::int32_t* const bits = batch + place * span_size;
-    const std::int64_t begin = span * span_size;
-    const std::int64_t count = a.size - begin < span_size ? a.size - begin : span_size;
-    std::int32_t ties = 0;
-#pragma omp simd reduction(| : ties)
-    for (int e = 0; e < span_size; ++e) ties |= bits[e] == high;
+  alignas(64) std::int32_t bits[batch + vector_length<T>];  // room for a whole vector at the end
+  for (std::int64_t span = first_span; span < last_span; span += spans_at_once) {
+    span_bits(a, span, bits);
+    const std::int64_t begin = span * MaskLayout::span;
+    const std::int64_t count = end - begin < batch ? end - begin : batch;
     const T* from = x + begin;
-    write(
-        y + begin, count, streaming,
-        [&](std::int64_t e) {
-          const T kept = from[e] * scale;  // always, or there would be a branch
-          return bits[e] < high ? T{0} : kept;
+    write<1>(
+        y + begin, 0, count, streaming, [](auto) { return 0; },
+        [&](int, auto at, int) __attribute__((always_inline)) {
+          const auto kept = at(from) * scale;
+          return load_integers<T>(bits + at.i) < high ? decltype(kept){} : kept;
         },
         [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
+    std::int32_t ties = 0;
+#pragma omp simd reduction(| : ties)
+    for (std::int64_t e = 0; e < batch; ++e) ties |= bits[e] == high;
     if (ties && ties_matter) settle_ties(a, begin, count, bits, y);
   }
   if (streaming) finish_streaming();

@@ -16,9 +16,12 @@ constexpr std::int64_t long_run = 4096;  // values; shorter ones are over before
 constexpr std::int64_t group_bytes = 1 << 19;  // half the cache of a core
 constexpr std::int64_t enough_groups = 32;
 constexpr std::int64_t vector_width = 16;
-constexpr std::int64_t small_size = 1 << 20;  // values
-constexpr std::int64_t small_groups = 4;
+constexpr std::int64_t medium_size = 1 << 20;  // values
+constexpr std::int64_t medium_groups = 4;
+constexpr std::int64_t small_size = 1 << 18;
+constexpr std::int64_t small_chunks = 4;
 constexpr std::int64_t wide_enough = 64;  // columns that keep a loop over them busy
+constexpr std::int64_t wide_row = 256;    // columns of positions side by side
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -67,7 +70,7 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
     positions = p.per_channel();
     // Whole vectors, and enough of them.
     std::int64_t replicas = vector_width / std::gcd(p.c, vector_width);
-    replicas *= divide_up(wide_enough, p.c * replicas);
+    replicas *= divide_up(wide_row, p.c * replicas);
     if (p.c * replicas <= Grid::max_group_width) grid.replicas = std::min(replicas, positions);
   }
   grid.rows = divide_up(positions, grid.replicas);
@@ -77,9 +80,11 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   if (grid.replicas > 1) {
     grid.group_channels = p.c;
   } else {
-    // What fits into the caches is shared out by groups, so that one region of threads is enough;
-    // beyond, long rows matter more.
-    const std::int64_t share = divide_up(grid.width, p.size() <= small_size ? small_groups : 1);
+    // What fits into the caches is shared out by groups, so that the threads need not meet; less,
+    // by rows, since groups of columns would use a part of the cache only; beyond, long rows matter
+    // more.
+    const bool medium = p.size() > small_size && p.size() <= medium_size;
+    const std::int64_t share = divide_up(grid.width, medium ? medium_groups : 1);
     const std::int64_t width = std::clamp(share, wide_enough, Grid::max_group_width);
     const std::int64_t most = std::max<std::int64_t>(1, width / columns_per_channel);
     grid.group_channels = divide_up(p.c, divide_up(p.c, most));
@@ -89,7 +94,9 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   }
   grid.groups = divide_up(p.c, grid.group_channels);
   const std::int64_t group_width = grid.group_channels * columns_per_channel * grid.replicas;
-  grid.cut(std::max({vector_width, chunk_area / group_width, divide_up(grid.rows, enough_chunks)}));
+  const std::int64_t area = p.size() <= small_size ? 0 : chunk_area;
+  const std::int64_t most = p.size() <= small_size ? small_chunks : enough_chunks;
+  grid.cut(std::max({vector_width, area / group_width, divide_up(grid.rows, most)}));
   return grid;
 }
 

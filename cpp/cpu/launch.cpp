@@ -51,9 +51,6 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
   return array != nullptr ? static_cast<double>(static_cast<const T*>(array)[c]) : otherwise;
 }
 
-// Merging two sums takes about as long as a pass over so many elements.
-constexpr std::int64_t merge_work = 16;
-
 // reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk).
 // The order of the sums is in the grid; this only chooses who does what when.
 template <class Reduce, class Finish, class Apply>
@@ -75,13 +72,11 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
     return;
   }
   const std::int64_t tiles = grid.groups * grid.chunks;
-  parallel_for(tiles, work,
-               [&](std::int64_t tile) { reduce(tile / grid.chunks, tile % grid.chunks); });
-  parallel_for(grid.problem.c, grid.problem.c * grid.chunks * merge_work, finish);
-  parallel_for(tiles, work, [&](std::int64_t i) {
-    const std::int64_t tile = tiles - 1 - i;
-    apply(tile / grid.chunks, tile % grid.chunks);
-  });
+  auto reduce_tile = [&](std::int64_t tile) { reduce(tile % grid.groups, tile / grid.groups); };
+  auto apply_tile = [&](std::int64_t tile) { apply(tile % grid.groups, tile / grid.groups); };
+  const Phase phases[] = {phase(tiles, reduce_tile), phase(grid.problem.c, finish),
+                          phase(tiles, apply_tile, true)};
+  parallel_phases(work, phases, 3);
 }
 
 }  // namespace

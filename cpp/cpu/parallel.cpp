@@ -53,6 +53,14 @@ std::atomic<int>& thread_count() {
   return count;
 }
 
+// The part of a phase that one of some threads does.
+void run_share(const Phase& phase, std::int64_t thread, std::int64_t threads) {
+  const std::int64_t begin = phase.count * thread / threads;
+  const std::int64_t end = phase.count * (thread + 1) / threads;
+  for (std::int64_t i = begin; i < end; ++i)
+    phase.body(phase.context, phase.backwards ? begin + end - 1 - i : i);
+}
+
 }  // namespace
 
 std::int64_t cache_bytes() {
@@ -98,21 +106,24 @@ void pause_threads() {
 #endif
 }
 
-void parallel_for(std::int64_t count, std::int64_t work, void (*body)(void*, std::int64_t),
-                  void* context) {
+void parallel_phases(std::int64_t work, const Phase* phases, int count) {
 #ifdef _OPENMP
-  const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads(), count));
+  std::int64_t most = 0;
+  for (int k = 0; k < count; ++k) most = std::max(most, phases[k].count);
+  const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads(), most));
   if (threads > 1 && work >= serial_work) {
-    // Static: a thread meets the same part of a tensor in every operation, so that it finds it in
-    // the cache of its own core.
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t i = 0; i < count; ++i) body(context, i);
+    // One region for all: a barrier between phases costs a fraction of waking the threads again.
+#pragma omp parallel num_threads(threads)
+    for (int k = 0; k < count; ++k) {
+      run_share(phases[k], omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+    }
     return;
   }
 #else
   (void)work;
 #endif
-  for (std::int64_t i = 0; i < count; ++i) body(context, i);
+  for (int k = 0; k < count; ++k) run_share(phases[k], 0, 1);
 }
 
 }  // namespace bnext

@@ -5,16 +5,32 @@
 
 namespace bnext {
 
-// Calls body(context, i) for i in [0, count), on several threads if `work` (elements touched in
-// all) is worth it. Which thread takes which i is not fixed: bodies must not depend on it.
-void parallel_for(std::int64_t count, std::int64_t work,
-                  void (*body)(void* context, std::int64_t i), void* context);
+// Calls of body(context, i) for i in [0, count), by each thread in rising order or, `backwards`, in
+// falling order. Which thread takes which i is not fixed: bodies must not depend on it. But phases
+// of equal counts share them out alike, so that a thread finds in the cache of its own core what it
+// met in the phase before.
+struct Phase {
+  std::int64_t count;
+  void (*body)(void* context, std::int64_t i);
+  void* context;
+  bool backwards;
+};
 
-// As above, for anything callable.
+// One phase after another, each on several threads if `work` (elements touched in all) is worth it.
+void parallel_phases(std::int64_t work, const Phase* phases, int count);
+
+// A phase that calls body(i), which must outlive it.
+template <class Body>
+Phase phase(std::int64_t count, Body& body, bool backwards = false) {
+  return {count, [](void* context, std::int64_t i) { (*static_cast<Body*>(context))(i); }, &body,
+          backwards};
+}
+
+// A single phase.
 template <class Body>
 void parallel_for(std::int64_t count, std::int64_t work, Body body) {
-  parallel_for(
-      count, work, [](void* context, std::int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
+  const Phase only = phase(count, body);
+  parallel_phases(work, &only, 1);
 }
 
 // Bytes of the largest cache.

@@ -39,6 +39,13 @@ using f32v = Native<float>::type;
 using f64v = Native<double>::type;
 typedef std::uint64_t u64v __attribute__((vector_size(vector_bytes)));
 typedef std::uint32_t u32v __attribute__((vector_size(vector_bytes)));
+typedef std::int32_t i32v __attribute__((vector_size(vector_bytes)));
+typedef std::int64_t i64v __attribute__((vector_size(vector_bytes)));
+typedef std::int32_t half_i32v __attribute__((vector_size(vector_bytes / 2)));
+
+// Elements of a vector.
+template <class T>
+constexpr std::int64_t vector_length = vector_bytes / sizeof(T);
 
 // -- one vector -----------------------------------------------------------------------------------
 
@@ -49,13 +56,29 @@ BNEXT_INLINE V load_vector(const void* p) {
   return v;
 }
 
+// As many integers as a vector of T has elements, each as wide as T.
+template <class T>
+BNEXT_INLINE auto load_integers(const std::int32_t* p) {
+  if constexpr (sizeof(T) == 4)
+    return load_vector<i32v>(p);
+  else
+    return __builtin_convertvector(load_vector<half_i32v>(p), i64v);
+}
+
 // The first n elements at p; `fill` in the other lanes.
 template <class T>
 BNEXT_INLINE typename Native<T>::type load_vector_first(const T* p, std::int64_t n, T fill) {
-  T values[vector_bytes / sizeof(T)];
-  for (std::int64_t l = 0; l < static_cast<std::int64_t>(vector_bytes / sizeof(T)); ++l)
-    values[l] = l < n ? p[l] : fill;
+  T values[vector_length<T>];
+  for (std::int64_t l = 0; l < vector_length<T>; ++l) values[l] = l < n ? p[l] : fill;
   return load_vector<typename Native<T>::type>(values);
+}
+
+// The first n elements of v, to p.
+template <class T>
+BNEXT_INLINE void store_vector_first(typename Native<T>::type v, std::int64_t n, T* p) {
+  T values[vector_length<T>];
+  __builtin_memcpy(values, &v, sizeof v);
+  for (std::int64_t l = 0; l < n; ++l) p[l] = values[l];
 }
 
 #if defined(__AVX512F__)
@@ -66,6 +89,12 @@ BNEXT_INLINE f32v load_vector_first(const float* p, std::int64_t n, float fill) 
 BNEXT_INLINE f64v load_vector_first(const double* p, std::int64_t n, double fill) {
   const unsigned mask = n >= 8 ? 0xFFu : n > 0 ? (1u << n) - 1 : 0;
   return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(mask), p);
+}
+BNEXT_INLINE void store_vector_first(f32v v, std::int64_t n, float* p) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+}
+BNEXT_INLINE void store_vector_first(f64v v, std::int64_t n, double* p) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
 }
 // Eight (four, two) floats at p as doubles.
 BNEXT_INLINE f64v load_widened(const float* p) {
@@ -79,6 +108,11 @@ BNEXT_INLINE f64v widen_high(f32v v) {
 }
 BNEXT_INLINE f64v multiply_add(f64v a, f64v b, f64v c) {
   return _mm512_fmadd_pd(a, b, c);
+}
+BNEXT_INLINE double sum_vector(f64v v) {
+  const __m256d four = _mm512_castpd512_pd256(v) + _mm512_extractf64x4_pd(v, 1);
+  const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+  return two[0] + two[1];
 }
 // The low halves of the 64-bit lanes, multiplied.
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
@@ -111,6 +145,10 @@ BNEXT_INLINE f64v widen_high(f32v v) {
 BNEXT_INLINE f64v multiply_add(f64v a, f64v b, f64v c) {
   return _mm256_fmadd_pd(a, b, c);
 }
+BNEXT_INLINE double sum_vector(f64v v) {
+  const __m128d two = _mm256_castpd256_pd128(v) + _mm256_extractf128_pd(v, 1);
+  return two[0] + two[1];
+}
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 }
@@ -130,6 +168,9 @@ BNEXT_INLINE f64v widen_high(f32v v) {
 BNEXT_INLINE f64v multiply_add(f64v a, f64v b, f64v c) {
   return a * b + c;
 }
+BNEXT_INLINE double sum_vector(f64v v) {
+  return v[0] + v[1];
+}
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (u64v)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 }
@@ -148,6 +189,9 @@ BNEXT_INLINE f64v widen_high(f32v v) {
 }
 BNEXT_INLINE f64v multiply_add(f64v a, f64v b, f64v c) {
   return a * b + c;
+}
+BNEXT_INLINE double sum_vector(f64v v) {
+  return v[0] + v[1];
 }
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (a & 0xFFFFFFFFu) * std::uint64_t{b};
@@ -305,13 +349,24 @@ BNEXT_INLINE Pack<double> load_wide(const double* p) {
   return load(p);
 }
 
-// The sum of the lanes, in an order of its own but the same everywhere.
-BNEXT_INLINE double sum(Pack<double> v) {
-  double lane[lanes];
-  store(v, lane);
-  for (std::int64_t half = lanes / 2; half > 0; half /= 2)
-    for (std::int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
+// f of each vector of some packs.
+template <class F, class V, class... More>
+BNEXT_INLINE Vectors<V, 1> each_vector(F f, Vectors<V, 1> first, More... more) {
+  return {f(first.only, more.only...)};
+}
+template <class F, class V, int n, class... More>
+BNEXT_INLINE Vectors<V, n> each_vector(F f, Vectors<V, n> first, More... more) {
+  return {each_vector(f, first.low, more.low...), each_vector(f, first.high, more.high...)};
+}
+
+// The sum of the lanes, in an order of its own but the same everywhere: the upper half is added to
+// the lower one until one lane is left.
+BNEXT_INLINE double sum(Vectors<f64v, 1> v) {
+  return sum_vector(v.only);
+}
+template <int n>
+BNEXT_INLINE double sum(Vectors<f64v, n> v) {
+  return sum(v.low + v.high);
 }
 
 // -- reading ahead --------------------------------------------------------------------------------
@@ -369,43 +424,87 @@ struct Next {
 
 // -- writing results ------------------------------------------------------------------------------
 
-// to[i] = value(i) for i in [0, length). With `streaming` past the caches: worth it where nothing
-// will read the result before it would have left them anyway. fetch(i, count) is called before
-// values [i, i + count) are asked for.
-template <class T, class Value, class Fetch>
-BNEXT_INLINE void write(T* __restrict to, std::int64_t length, bool streaming, Value value,
-                        Fetch fetch) {
-  constexpr std::int64_t block = 512 / static_cast<std::int64_t>(sizeof(T));
-  if (!streaming) {
-    std::int64_t i = 0;
+// A place in a row: a vector of elements, or the first few of one where the row begins or ends.
+// Calling it with an array over the row reads what lies there.
+template <class T>
+struct Place {
+  using Vector = typename Native<T>::type;
+  std::int64_t i;
+
+  BNEXT_INLINE Vector operator()(const T* row) const { return load_vector<Vector>(row + i); }
+  BNEXT_INLINE void write(Vector v, T* __restrict row) const {
+    __builtin_memcpy(row + i, &v, sizeof v);
+  }
+};
+template <class T>
+struct PartialPlace {
+  using Vector = typename Native<T>::type;
+  std::int64_t i, count;
+
+  BNEXT_INLINE Vector operator()(const T* row) const {
+    return load_vector_first(row + i, count, T{0});
+  }
+  BNEXT_INLINE void write(Vector v, T* __restrict row) const {
+    store_vector_first(v, count, row + i);
+  }
+};
+
+// Elements of a line of the caches.
+template <class T>
+constexpr std::int64_t line_length = 64 / sizeof(T);
+
+// Elements from p to the first line that begins there or later.
+template <class T>
+BNEXT_INLINE std::int64_t until_next_line(const T* p) {
+  const auto begun = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) / sizeof(T));
+  return -begun & (line_length<T> - 1);
+}
+
+// Calls body(place) for elements [i, end).
+template <class T, class Body>
+BNEXT_INLINE void each_place(std::int64_t i, std::int64_t end, Body body) {
+  for (; i + vector_length<T> <= end; i += vector_length<T>) body(Place<T>{i});
+  if (i < end) body(PartialPlace<T>{i, end - i});
+}
+
+// Writes value(k, place, row), k = coefficients(place), to each place of `rows` rows of `length`
+// elements, `stride` apart: rows that share coefficients are written together. With `streaming`
+// past the caches: worth it where nothing will read the result before it would have left them
+// anyway. fetch(i, count) is called before elements [i, i + count) are asked for. More than one row
+// needs a stride of whole lines.
+template <int rows, class T, class Coefficients, class Value, class Fetch>
+BNEXT_INLINE void write(T* __restrict to, std::int64_t stride, std::int64_t length, bool streaming,
+                        Coefficients coefficients, Value value, Fetch fetch) {
+  constexpr std::int64_t line = line_length<T>, block = 8 / rows * line;
+  const auto write_at = [&](auto place) __attribute__((always_inline)) {
+    const auto k = coefficients(place);
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row) place.write(value(k, place, row), to + row * stride);
+  };
+  // Whole lines first to last: a store across two of them costs twice, and cannot be streamed.
+  std::int64_t i = until_next_line(to);
+  if (i > length) i = length;
+  each_place<T>(0, i, write_at);
+  if (streaming) {
+    // A line at a time, so that reads and writes are under way together.
+    for (; i + line <= length; i += line) {
+      fetch(i, line);
+      for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 8
+        for (std::int64_t at = i; at < i + line; at += vector_length<T>) {
+          const Place<T> place{at};
+          stream_vector(to + row * stride + at, (u32v)value(coefficients(place), place, row));
+        }
+    }
+  } else {
     for (; i + block <= length; i += block) {
       fetch(i, block);
-#pragma omp simd
-      for (std::int64_t k = i; k < i + block; ++k) to[k] = value(k);
+#pragma GCC unroll 8
+      for (std::int64_t at = 0; at < block; at += vector_length<T>) write_at(Place<T>{i + at});
     }
     if (i < length) fetch(i, length - i);
-#pragma omp simd
-    for (std::int64_t k = i; k < length; ++k) to[k] = value(k);
-    return;
   }
-  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
-  constexpr std::int64_t step = vector_bytes / static_cast<std::int64_t>(sizeof(T));
-  // Whole lines are streamed; a line that two calls share is written in the ordinary way.
-  const auto misaligned =
-      static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) / sizeof(T) % line);
-  std::int64_t i = misaligned == 0 ? 0 : line - misaligned;
-  if (i > length) i = length;
-  for (std::int64_t k = 0; k < i; ++k) to[k] = value(k);
-  // A line at a time, so that reads and writes are under way together.
-  alignas(64) T values[line];
-  for (; i + line <= length; i += line) {
-    fetch(i, line);
-#pragma omp simd
-    for (std::int64_t k = 0; k < line; ++k) values[k] = value(i + k);
-    for (std::int64_t k = 0; k < line; k += step)
-      stream_vector(to + i + k, load_vector<u32v>(values + k));
-  }
-  for (; i < length; ++i) to[i] = value(i);
+  each_place<T>(i, length, write_at);
 }
 
 }  // namespace
