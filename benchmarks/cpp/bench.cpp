@@ -257,7 +257,7 @@ void run_case(const Case& k, const Options& options, std::vector<Row>& rows) {
           grad_y.flush();
           out.flush();
         } else {
-          contenders[i].run();  // in the state that it leaves itself
+          for (int k = 0; k < 3; ++k) contenders[i].run();  // in the state that it leaves itself
         }
         samples[i].push_back(seconds_of(contenders[i].run, times));
       }

@@ -82,17 +82,16 @@ struct GradientSums {
   explicit BNEXT_INLINE GradientSums(double mean_)
       : mean(broadcast(mean_)), total{}, even{}, odd{} {}
 
-  // `count` packs of values x and of gradients, read by gradients(k).
+  // Packs [k, end) of values x and of gradients, which gradients(k) reads.
   template <class Gradients>
-  BNEXT_INLINE void add(const T* x, std::int64_t count, Gradients gradients) {
-    std::int64_t k = 0;
-    for (; k + 2 <= count; k += 2, x += 2 * lanes) {
+  BNEXT_INLINE void add(const T* x, std::int64_t k, std::int64_t end, Gradients gradients) {
+    for (; k + 2 <= end; k += 2) {
       const Pack<double> a = gradients(k), b = gradients(k + 1);
       total = total + (a + b);
-      even = product_add(a, load_wide(x), even);
-      odd = product_add(b, load_wide(x + lanes), odd);
+      even = product_add(a, load_wide(x + k * lanes), even);
+      odd = product_add(b, load_wide(x + (k + 1) * lanes), odd);
     }
-    if (k < count) add(gradients(k), load_wide(x));
+    if (k < end) add(gradients(k), load_wide(x + k * lanes));
   }
   BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
     total = total + g;
@@ -148,8 +147,8 @@ struct Runs {
   // channels before it goes on to the next samples: few streams of memory, and few times that the
   // sums of a channel are taken up and put down.
   template <class Body>
-  BNEXT_INLINE void each_some(Body body) const {
-    constexpr std::int64_t some = 4;
+  BNEXT_INLINE void each_some(bool streaming, Body body) const {
+    const std::int64_t some = streaming ? 4 : 16;
     for (std::int64_t b = 0; b < blocks; b += some)
       for (std::int64_t c = 0; c < channels; ++c) body(b, b + some < blocks ? b + some : blocks, c);
   }
@@ -203,14 +202,14 @@ void shifted_sums_rows(const Grid& grid, const Runs& runs, const NextTile& next_
   MomentSums<T, centered> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c)
     channel_sums[c] = MomentSums<T, centered>(centered ? center[c] : 0);
-  runs.each_some([&](std::int64_t first, std::int64_t last, std::int64_t c) {
+  runs.each_some(grid.streaming, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
     MomentSums<T, centered> s = channel_sums[c];
     for (std::int64_t b = first; b < last; ++b) {
       const T* run = x + runs.offset(b, c);
       const Ahead<T> ahead = runs.ahead(grid, x, b);
       const Next<T> next = next_tile.next(x, b, c);
       std::int64_t i = 0;
-      for (; i + stretch <= runs.length; i += stretch) {
+      for (; grid.streaming && i + stretch <= runs.length; i += stretch) {
         ahead.fetch(run + i, stretch);
         next.fetch_early(i, stretch);
         s.add(run + i, stretch / lanes);
@@ -289,7 +288,7 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
   forward += runs.first_channel;
   GradientSums<T> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
-  runs.each_some([&](std::int64_t first, std::int64_t last, std::int64_t c) {
+  runs.each_some(grid.streaming, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
     const Affine<T> f = forward[c];
     const Affine<Pack<T>> packs{broadcast(f.mean), broadcast(f.scale), broadcast(f.shift)};
     GradientSums<T> s = channel_sums[c];
@@ -298,28 +297,27 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
       const T *g = grad_y + offset, *values = x + offset;
       const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
       const Next<T> next_g = next_tile.next(grad_y, b, c), next_x = next_tile.next(x, b, c);
-      for (std::int64_t i = 0; i < runs.length; i += stretch) {
-        const std::int64_t count = runs.length - i < stretch ? runs.length - i : stretch;
-        const std::int64_t whole = count / lanes, rest = count % lanes;
-        ahead_g.fetch(g + i, count);
-        ahead_x.fetch(values + i, count);
-        next_g.fetch_early(i, count);
-        next_x.fetch_early(i, count);
-        const auto gradients = [&](std::int64_t k) __attribute__((always_inline)) {
-          const T *g_k = g + i + k * lanes, *x_k = values + i + k * lanes;
-          if constexpr (Epilogue::linear) return load_wide(g_k);
-          return through_epilogue<Epilogue>(load(g_k), load(x_k), packs, slope);
-        };
-        if (count == stretch)
-          s.add(values + i, stretch / lanes, gradients);
-        else
-          s.add(values + i, whole, gradients);
-        if (rest > 0) {
-          const Pack<T> last_x = load_first(values + i + whole * lanes, rest, f.mean);
-          s.add(through_epilogue<Epilogue>(load_first(g + i + whole * lanes, rest, T{0}), last_x,
-                                           packs, slope),
-                widen(last_x));
-        }
+      const auto gradients = [&](std::int64_t k) __attribute__((always_inline)) {
+        if constexpr (Epilogue::linear) return load_wide(g + k * lanes);
+        return through_epilogue<Epilogue>(load(g + k * lanes), load(values + k * lanes), packs,
+                                          slope);
+      };
+      const std::int64_t whole = runs.length / lanes, rest = runs.length % lanes;
+      std::int64_t k = 0;
+      for (; grid.streaming && k + stretch / lanes <= whole; k += stretch / lanes) {
+        ahead_g.fetch(g + k * lanes, stretch);
+        ahead_x.fetch(values + k * lanes, stretch);
+        next_g.fetch_early(k * lanes, stretch);
+        next_x.fetch_early(k * lanes, stretch);
+        s.add(values, k, k + stretch / lanes, gradients);
+      }
+      ahead_g.fetch(g + k * lanes, runs.length - k * lanes);
+      ahead_x.fetch(values + k * lanes, runs.length - k * lanes);
+      s.add(values, k, whole, gradients);
+      if (rest > 0) {
+        const Pack<T> last_x = load_first(values + whole * lanes, rest, f.mean);
+        const Pack<T> last_g = load_first(g + whole * lanes, rest, T{0});
+        s.add(through_epilogue<Epilogue>(last_g, last_x, packs, slope), widen(last_x));
       }
     }
     channel_sums[c] = s;
@@ -420,7 +418,7 @@ inline std::int64_t row_width(const Grid& grid, const Columns& columns, std::int
 }
 
 // Rows whose sums stay in registers.
-constexpr std::int64_t row_block = 8;
+constexpr std::int64_t row_block = 4;
 
 // Calls body(r, count, width) for blocks of rows [r, r + count) of equal width.
 template <class Body>
@@ -461,6 +459,7 @@ void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t
       const auto read = [&](std::int64_t k) __attribute__((always_inline)) {
         return load_wide(row + k * grid.width + w);
       };
+      if (grid.fetch_rows) fetch(row + count * (width + w), count * lanes);
       if (count == row_block)
         add_columns<T, centered>(row_block, center + w, read, total + w, squares + w);
       else
@@ -650,6 +649,10 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
                                         slope);
     };
     for (; w + lanes <= width; w += lanes) {
+      if (grid.fetch_rows) {
+        fetch(g + count * (width + w), count * lanes);
+        fetch(values + count * (width + w), count * lanes);
+      }
       if (count == row_block)
         add_grad_columns<T>(row_block, center + w, read_g, read_x, total + w, products + w);
       else

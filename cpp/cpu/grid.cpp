@@ -16,10 +16,11 @@ constexpr std::int64_t long_run = 4096;  // values; shorter ones are over before
 constexpr std::int64_t group_bytes = 1 << 19;  // half the cache of a core
 constexpr std::int64_t enough_groups = 32;
 constexpr std::int64_t vector_width = 16;
+constexpr std::int64_t merge_values = 256;  // of one channel; fewer are not worth merging
 constexpr std::int64_t medium_size = 1 << 20;  // values
-constexpr std::int64_t medium_groups = 4;
 constexpr std::int64_t small_size = 1 << 18;
-constexpr std::int64_t small_chunks = 4;
+constexpr std::int64_t small_shares = 2;  // for as many threads
+constexpr std::int64_t medium_shares = 4;
 constexpr std::int64_t wide_enough = 64;  // columns that keep a loop over them busy
 constexpr std::int64_t wide_row = 256;    // columns of positions side by side
 
@@ -77,14 +78,15 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   grid.width = p.c * columns_per_channel * grid.replicas;
   grid.last_width = grid.width - (grid.rows * grid.replicas - positions) * p.c;
 
+  // What fits into the caches is shared out by groups, so that the threads need not meet; less, by
+  // rows, since some columns use only some sets of a cache, if that leaves each enough to sum.
+  const bool by_rows = p.size() <= small_size && p.per_channel() >= merge_values;
   if (grid.replicas > 1) {
     grid.group_channels = p.c;
   } else {
-    // What fits into the caches is shared out by groups, so that the threads need not meet; less,
-    // by rows, since groups of columns would use a part of the cache only; beyond, long rows matter
-    // more.
-    const bool medium = p.size() > small_size && p.size() <= medium_size;
-    const std::int64_t share = divide_up(grid.width, medium ? medium_groups : 1);
+    // Beyond the caches long rows matter most.
+    const std::int64_t share =
+        divide_up(grid.width, p.size() <= medium_size && !by_rows ? medium_shares : 1);
     const std::int64_t width = std::clamp(share, wide_enough, Grid::max_group_width);
     const std::int64_t most = std::max<std::int64_t>(1, width / columns_per_channel);
     grid.group_channels = divide_up(p.c, divide_up(p.c, most));
@@ -94,9 +96,11 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   }
   grid.groups = divide_up(p.c, grid.group_channels);
   const std::int64_t group_width = grid.group_channels * columns_per_channel * grid.replicas;
-  const std::int64_t area = p.size() <= small_size ? 0 : chunk_area;
-  const std::int64_t most = p.size() <= small_size ? small_chunks : enough_chunks;
-  grid.cut(std::max({vector_width, area / group_width, divide_up(grid.rows, most)}));
+  const std::int64_t fewest_rows =
+      by_rows ? vector_width
+              : std::max(divide_up(merge_values, columns_per_channel * grid.replicas),
+                         chunk_area / group_width);
+  grid.cut(std::max(fewest_rows, divide_up(grid.rows, by_rows ? small_shares : enough_chunks)));
   return grid;
 }
 

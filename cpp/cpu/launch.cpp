@@ -63,6 +63,7 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   // second pass goes backwards, since what the first read last is still there.
   const bool by_groups = grid.chunks == 1 || grid.groups >= 4 * num_threads();
   grid.fetch_next = grid.fetch_next && by_groups && grid.streaming;
+  grid.fetch_rows = grid.streaming && !by_groups && grid.groups == 1;
   if (by_groups) {
     parallel_for(grid.groups, work, [&](std::int64_t group) {
       for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) reduce(group, chunk);

@@ -375,9 +375,21 @@ BNEXT_INLINE double sum(Vectors<f64v, n> v) {
 // themselves where a tensor exceeds the caches.
 constexpr std::int64_t prefetch_bytes = 4096;
 
+// Elements of a line of the caches.
+template <class T>
+constexpr std::int64_t line_length = 64 / sizeof(T);
+
 // Where the line at p is in a repeating pattern of four.
 BNEXT_INLINE unsigned quarter(const void* p) {
   return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(p) / 64 % 4);
+}
+
+// Fetches `count` elements from p on.
+template <class T>
+BNEXT_INLINE void fetch(const T* p, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += line_length<T>) __builtin_prefetch(p + i);
+  // Otherwise GCC takes what only prefetches for a function without effects, and drops the call.
+  __asm__ volatile("");
 }
 
 // Fetches what lies prefetch_bytes after p, where p runs through blocks of memory: what would lie
@@ -388,13 +400,10 @@ struct Ahead {
   const T* next;
 
   BNEXT_INLINE void fetch(const T* p, std::int64_t count) const {
-    constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
     if (next == nullptr) return;
     const T* q = p + prefetch_bytes / static_cast<std::int64_t>(sizeof(T));
     if (q >= end) q = next + (q - end);
-    for (std::int64_t i = 0; i < count; i += line) __builtin_prefetch(q + i);
-    // Otherwise GCC takes what only prefetches for a function without effects, and drops the call.
-    __asm__ volatile("");
+    bnext::fetch(q, count);
   }
 };
 
@@ -415,8 +424,7 @@ struct Next {
  private:
   template <class Wanted>
   BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count, Wanted wanted) const {
-    constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
-    for (const T* p = start + i; p < start + i + count; p += line)
+    for (const T* p = start + i; p < start + i + count; p += line_length<T>)
       if (wanted(p)) __builtin_prefetch(p);
     __asm__ volatile("");
   }
@@ -448,10 +456,6 @@ struct PartialPlace {
     store_vector_first(v, count, row + i);
   }
 };
-
-// Elements of a line of the caches.
-template <class T>
-constexpr std::int64_t line_length = 64 / sizeof(T);
 
 // Elements from p to the first line that begins there or later.
 template <class T>
