@@ -39,6 +39,7 @@ using f32v = Native<float>::type;
 using f64v = Native<double>::type;
 typedef std::uint64_t u64v __attribute__((vector_size(vector_bytes)));
 typedef std::uint32_t u32v __attribute__((vector_size(vector_bytes)));
+typedef std::uint16_t u16v __attribute__((vector_size(vector_bytes)));
 typedef std::int32_t i32v __attribute__((vector_size(vector_bytes)));
 typedef std::int64_t i64v __attribute__((vector_size(vector_bytes)));
 typedef std::int32_t half_i32v __attribute__((vector_size(vector_bytes / 2)));
@@ -118,6 +119,10 @@ BNEXT_INLINE double sum_vector(f64v v) {
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 }
+// The low halves of a in the even 32-bit lanes, those of b in the odd ones.
+BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
+  return (u32v)_mm512_mask_shuffle_epi32((__m512i)a, 0xAAAA, (__m512i)b, _MM_PERM_CCAA);
+}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
 }
@@ -152,6 +157,9 @@ BNEXT_INLINE double sum_vector(f64v v) {
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 }
+BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
+  return (u32v)_mm256_blend_epi32((__m256i)a, (__m256i)(b << 32), 0xAA);
+}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
 }
@@ -174,6 +182,9 @@ BNEXT_INLINE double sum_vector(f64v v) {
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (u64v)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 }
+BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
+  return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
+}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
 }
@@ -195,6 +206,9 @@ BNEXT_INLINE double sum_vector(f64v v) {
 }
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (a & 0xFFFFFFFFu) * std::uint64_t{b};
+}
+BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
+  return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
 }
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   __builtin_memcpy(to, &v, sizeof v);
