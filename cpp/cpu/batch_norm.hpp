@@ -147,15 +147,15 @@ struct Runs {
   // channels before it goes on to the next samples: few streams of memory, and few times that the
   // sums of a channel are taken up and put down.
   template <class Body>
-  BNEXT_INLINE void each_some(bool streaming, Body body) const {
-    const std::int64_t some = streaming ? 4 : 16;
+  BNEXT_INLINE void each_some(bool from_memory, Body body) const {
+    const std::int64_t some = from_memory ? 4 : 16;
     for (std::int64_t b = 0; b < blocks; b += some)
       for (std::int64_t c = 0; c < channels; ++c) body(b, b + some < blocks ? b + some : blocks, c);
   }
   // What the end of a block is followed by, going forwards.
   template <class T>
   Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
-    if (!grid.streaming) return {nullptr, nullptr};
+    if (!grid.fetch_ahead) return {nullptr, nullptr};
     const T* end = x + offset(block, channels - 1) + length;
     return {end, block + 1 < blocks ? x + offset(block + 1, 0) : end};
   }
@@ -189,7 +189,7 @@ class NextTile {
 // Where nothing has fetched a run before the only or the second pass over it.
 template <class T>
 Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
-  if (!grid.streaming || grid.fetch_next) return {nullptr, nullptr};
+  if (!grid.fetch_ahead || grid.fetch_next) return {nullptr, nullptr};
   return {run + length, run + length};
 }
 
@@ -202,14 +202,14 @@ void shifted_sums_rows(const Grid& grid, const Runs& runs, const NextTile& next_
   MomentSums<T, centered> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c)
     channel_sums[c] = MomentSums<T, centered>(centered ? center[c] : 0);
-  runs.each_some(grid.streaming, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
+  runs.each_some(grid.fetch_ahead, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
     MomentSums<T, centered> s = channel_sums[c];
     for (std::int64_t b = first; b < last; ++b) {
       const T* run = x + runs.offset(b, c);
       const Ahead<T> ahead = runs.ahead(grid, x, b);
       const Next<T> next = next_tile.next(x, b, c);
       std::int64_t i = 0;
-      for (; grid.streaming && i + stretch <= runs.length; i += stretch) {
+      for (; grid.fetch_ahead && i + stretch <= runs.length; i += stretch) {
         ahead.fetch(run + i, stretch);
         next.fetch_early(i, stretch);
         s.add(run + i, stretch / lanes);
@@ -288,7 +288,7 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
   forward += runs.first_channel;
   GradientSums<T> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
-  runs.each_some(grid.streaming, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
+  runs.each_some(grid.fetch_ahead, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
     const Affine<T> f = forward[c];
     const Affine<Pack<T>> packs{broadcast(f.mean), broadcast(f.scale), broadcast(f.shift)};
     GradientSums<T> s = channel_sums[c];
@@ -304,7 +304,7 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
       };
       const std::int64_t whole = runs.length / lanes, rest = runs.length % lanes;
       std::int64_t k = 0;
-      for (; grid.streaming && k + stretch / lanes <= whole; k += stretch / lanes) {
+      for (; grid.fetch_ahead && k + stretch / lanes <= whole; k += stretch / lanes) {
         ahead_g.fetch(g + k * lanes, stretch);
         ahead_x.fetch(values + k * lanes, stretch);
         next_g.fetch_early(k * lanes, stretch);

@@ -43,7 +43,9 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   Grid grid{};
   grid.problem = p;
   grid.replicas = grid.pieces = 1;
-  grid.streaming = worth_streaming(tensors * p.size() * item);
+  const std::int64_t bytes = tensors * p.size() * item;
+  grid.streaming = worth_streaming(bytes);
+  grid.fetch_ahead = bytes > cache_bytes() / 4 * 3;
   if (p.s == 1) grid.problem.channels_last = true;  // the same memory
   grid.columns = grid.problem.channels_last || p.s < short_row;
 
