@@ -30,6 +30,7 @@ struct Options {
   double seconds = 0.5;  // for each case and operation
   bool cold = false;
   bool channels_last = false;
+  bool relu = false;
   std::string only;
   std::string json;
 };
@@ -91,7 +92,7 @@ std::vector<Case> read_cases(const std::string& only) {
 // bnext on the arrays of a case.
 class Bnext {
  public:
-  Bnext(const Case& k, Arrays& arrays, bool channels_last) {
+  Bnext(const Case& k, Arrays& arrays, bool channels_last, bool relu) {
     const bnext::Shape shape =
         channels_last ? bnext::Shape{k.n, k.h, k.w, k.c} : bnext::Shape{k.n, k.c, k.h, k.w};
     const auto data = [&](const float* values) {
@@ -128,6 +129,10 @@ class Bnext {
     inference_.channel_axis = forward_.channel_axis;
     inference_.y = forward_.y;
 
+    const auto activation = relu ? bnext::Activation::relu : bnext::Activation::none;
+    forward_.activation = inference_.activation = backward_.activation = activation;
+    backward_.bias = forward_.bias;
+
     dropout_.x = forward_.x;
     dropout_.y = forward_.y;
   }
@@ -149,7 +154,7 @@ class Bnext {
 };
 
 // The result of `op` in arrays.out against plain loops in double, on a few channels.
-void check_result(Op op, const Case& k, const Arrays& a, bool channels_last) {
+void check_result(Op op, const Case& k, const Arrays& a, bool channels_last, bool relu) {
   if (op == Op::dropout) {
     const auto dropped = std::count(a.out, a.out + k.size(), 0.0f);
     const double expected = 0.5 * static_cast<double>(k.size());
@@ -171,14 +176,19 @@ void check_result(Op op, const Case& k, const Arrays& a, bool channels_last) {
     each([&](std::int64_t i) { var += (a.x[i] - mean) * (a.x[i] - mean) / m; });
     if (op == Op::inference) mean = a.mean[channel], var = a.var[channel];
     const double r = 1 / std::sqrt(var + 1e-5), w = a.weight[channel];
+    const auto z = [&](std::int64_t i) { return (a.x[i] - mean) * r * w + a.bias[channel]; };
+    const auto grad = [&](std::int64_t i) { return relu && z(i) <= 0 ? 0.0 : a.grad_y[i]; };
     each([&](std::int64_t i) {
-      g += a.grad_y[i];
-      gn += a.grad_y[i] * (a.x[i] - mean) * r;
+      g += grad(i);
+      gn += grad(i) * (a.x[i] - mean) * r;
     });
     each([&](std::int64_t i) {
       const double n = (a.x[i] - mean) * r;
-      const double expected =
-          op == Op::backward ? w * r * (a.grad_y[i] - g / m - n * gn / m) : n * w + a.bias[channel];
+      const double expected = op == Op::backward ? w * r * (grad(i) - g / m - n * gn / m)
+                              : relu             ? std::max(0.0, z(i))
+                                                 : z(i);
+      // Rounding may put a value on the other side of the corner of ReLU.
+      if (op == Op::backward && relu && std::abs(z(i)) < 1e-5) return;
       if (!(std::abs(a.out[i] - expected) <= 2e-5 * (1 + std::abs(expected))))
         throw std::runtime_error(k.name + ": wrong result in channel " + std::to_string(c));
     });
@@ -226,21 +236,21 @@ void run_case(const Case& k, const Options& options, std::vector<Row>& rows) {
                 std::vector<float>(c, 4.0f),
                 std::vector<float>(c),
                 std::vector<float>(c)};
-  Bnext ours(k, arrays, options.channels_last);
+  Bnext ours(k, arrays, options.channels_last, options.relu);
 
   for (const auto& [op_name, op] : ops) {
     if (op != Op::inference && op != Op::dropout && k.n * k.h * k.w < 2) continue;
     const int reads = op == Op::backward ? 2 : 1;
     ours.run(Op::forward);  // backward needs its statistics
     ours.run(op);
-    check_result(op, k, arrays, options.channels_last);
+    check_result(op, k, arrays, options.channels_last, options.relu);
 
     std::vector<Contender> contenders;
     const Op which = op;
     contenders.push_back({"bnext", [&ours, which] { ours.run(which); }});
     add_streams(reads, k.size(), arrays, options.threads, contenders);
 #ifdef BNEXT_ONEDNN
-    add_onednn(op, k, arrays, options.channels_last, contenders);
+    add_onednn(op, k, arrays, options.channels_last, options.relu, contenders);
 #endif
 
     // Short runs are repeated, so that the clock and the wake-up of threads do not count.
@@ -308,7 +318,8 @@ std::int64_t cache_bytes() {
 
 void write_json(const std::vector<Row>& rows, const Options& options) {
   std::ofstream file(options.json);
-  file << "{\"threads\": " << options.threads << ", \"cache_bytes\": " << cache_bytes()
+  file << "{\"threads\": " << options.threads << ", \"activation\": \""
+       << (options.relu ? "relu" : "none") << "\", \"cache_bytes\": " << cache_bytes()
        << ", \"backend\": \"" << bnext::backend() << "\", \"version\": \"" << bnext::version()
        << "\", \"rows\": [\n";
   for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -343,10 +354,13 @@ Options parse(int argc, char** argv) {
       options.cold = true;
     else if (key == "--channels-last")
       options.channels_last = true;
+    else if (key == "--relu")
+      options.relu = true;
     else
       throw std::runtime_error(
           "unknown option " + key +
-          "; known: --threads N, --seconds S, --only NAME, --json FILE, --cold, --channels-last");
+          "; known: --threads N, --seconds S, --only NAME, --json FILE, --cold, --channels-last, "
+          "--relu");
   }
   return options;
 }
@@ -354,8 +368,9 @@ Options parse(int argc, char** argv) {
 int run(int argc, char** argv) {
   const Options options = parse(argc, argv);
   bnext::set_num_threads(options.threads);
-  std::printf("backend %s, %d threads, %s; peers: their time / ours\n", bnext::backend().c_str(),
-              options.threads, options.cold ? "caches flushed before each call" : "warm");
+  std::printf("backend %s, %d threads, %s%s; peers: their time / ours\n", bnext::backend().c_str(),
+              options.threads, options.relu ? "with ReLU, " : "",
+              options.cold ? "caches flushed before each call" : "warm");
   std::vector<Row> rows;
   for (const Case& k : read_cases(options.only)) {
     const std::size_t first = rows.size();

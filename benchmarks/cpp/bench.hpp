@@ -40,9 +40,9 @@ struct Contender {
 void add_streams(int reads, std::int64_t size, const Arrays& arrays, int threads,
                  std::vector<Contender>& contenders);
 
-// onednn.cpp: batch normalization in each layout. Blocked layouts get arrays of their own, filled
-// with the same values.
-void add_onednn(Op op, const Case& k, Arrays& arrays, bool channels_last,
+// onednn.cpp: batch normalization, with ReLU where `relu`, in each layout. Blocked layouts get
+// arrays of their own, filled with the same values.
+void add_onednn(Op op, const Case& k, Arrays& arrays, bool channels_last, bool relu,
                 std::vector<Contender>& contenders);
 
 }  // namespace bench

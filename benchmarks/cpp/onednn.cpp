@@ -26,14 +26,15 @@ memory converted(const memory::desc& md, const memory::desc& from_md, const floa
 }
 
 void add_layout(const char* name, Tag tag, bool own_memory, Op op, const Case& k, Arrays& arrays,
-                std::vector<Contender>& contenders) {
+                bool relu, std::vector<Contender>& contenders) {
   using Forward = dnnl::batch_normalization_forward;
   using Backward = dnnl::batch_normalization_backward;
   const memory::dims dims{k.n, k.c, k.h, k.w};
   const memory::desc md(dims, memory::data_type::f32, tag);
   const memory::desc plain(dims, memory::data_type::f32, Tag::nchw);
   const memory::desc row({k.c}, memory::data_type::f32, Tag::a);
-  const auto flags = dnnl::normalization_flags::use_scale | dnnl::normalization_flags::use_shift;
+  auto flags = dnnl::normalization_flags::use_scale | dnnl::normalization_flags::use_shift;
+  if (relu) flags |= dnnl::normalization_flags::fuse_norm_relu;
   const auto wrap = [&](const float* data) {
     return own_memory ? converted(md, plain, data) : memory(md, cpu(), const_cast<float*>(data));
   };
@@ -52,6 +53,12 @@ void add_layout(const char* name, Tag tag, bool own_memory, Op op, const Case& k
                                        {DNNL_ARG_SHIFT, shift},  {DNNL_ARG_DST, out}};
   auto stream = std::make_shared<dnnl::stream>(cpu());
   dnnl::primitive primitive = Forward(forward_pd);
+  if (relu && op != Op::inference) {
+    // The forward pass leaves there what ReLU let through, for the backward pass.
+    args.insert({DNNL_ARG_WORKSPACE, memory(forward_pd.workspace_desc(), cpu())});
+    primitive.execute(*stream, args);
+    stream->wait();
+  }
   if (op == Op::backward) {
     const Backward::primitive_desc backward_pd({dnnl::prop_kind::backward, md, md, 1e-5f, flags},
                                                cpu(), forward_pd);
@@ -70,15 +77,15 @@ void add_layout(const char* name, Tag tag, bool own_memory, Op op, const Case& k
 
 }  // namespace
 
-void add_onednn(Op op, const Case& k, Arrays& arrays, bool channels_last,
+void add_onednn(Op op, const Case& k, Arrays& arrays, bool channels_last, bool relu,
                 std::vector<Contender>& contenders) {
   if (op == Op::dropout) return;
   if (channels_last) {
-    add_layout("nhwc", Tag::nhwc, false, op, k, arrays, contenders);
+    add_layout("nhwc", Tag::nhwc, false, op, k, arrays, relu, contenders);
     return;
   }
-  add_layout("nchw", Tag::nchw, false, op, k, arrays, contenders);
-  add_layout("nChw16c", Tag::nChw16c, true, op, k, arrays, contenders);
+  add_layout("nchw", Tag::nchw, false, op, k, arrays, relu, contenders);
+  add_layout("nChw16c", Tag::nChw16c, true, op, k, arrays, relu, contenders);
 }
 
 }  // namespace bench
