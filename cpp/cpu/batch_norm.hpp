@@ -275,7 +275,6 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
             next.fetch_late(i, count);
           });
     }
-  if (grid.streaming) finish_streaming();
 }
 
 template <class T, class Epilogue>
@@ -354,7 +353,6 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
             next_x.fetch_late(i, count);
           });
     }
-  if (grid.streaming) finish_streaming();
 }
 
 // -- columns: some channels, as columns of a matrix -----------------------------------------------
@@ -606,7 +604,6 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
             },
             [](std::int64_t, std::int64_t) {});
       });
-  if (grid.streaming) finish_streaming();
 }
 
 // Rows [0, count) of sixteen columns of gradients and values, added to the columns' sums.
@@ -700,7 +697,6 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
             },
             [](std::int64_t, std::int64_t) {});
       });
-  if (grid.streaming) finish_streaming();
 }
 
 // -- the choice between the two -------------------------------------------------------------------

@@ -138,7 +138,6 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
         [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
     if (ties && ties_matter) settle_ties(a, begin, count, bits, y);
   }
-  if (streaming) finish_streaming();
 }
 
 }  // namespace

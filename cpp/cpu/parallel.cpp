@@ -12,6 +12,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace bnext {
 namespace {
@@ -59,6 +62,11 @@ void run_share(const Phase& phase, std::int64_t thread, std::int64_t threads) {
   const std::int64_t end = phase.count * (thread + 1) / threads;
   for (std::int64_t i = begin; i < end; ++i)
     phase.body(phase.context, phase.backwards ? begin + end - 1 - i : i);
+#if defined(__SSE2__)
+  // What kernels wrote past the caches becomes visible to other threads. Once for all of it: each
+  // time the thread waits for memory.
+  _mm_sfence();
+#endif
 }
 
 }  // namespace

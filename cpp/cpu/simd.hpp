@@ -215,13 +215,6 @@ BNEXT_INLINE void stream_vector(void* to, u32v v) {
 }
 #endif
 
-// Waits until what was streamed is visible to other threads.
-BNEXT_INLINE void finish_streaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // -- packs ----------------------------------------------------------------------------------------
 
 // `count` vectors, as a binary tree of fields: compilers keep fields in registers, not arrays.
