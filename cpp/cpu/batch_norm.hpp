@@ -152,6 +152,11 @@ struct Runs {
     for (std::int64_t b = 0; b < blocks; b += some)
       for (std::int64_t c = 0; c < channels; ++c) body(b, b + some < blocks ? b + some : blocks, c);
   }
+  // Whether the line in which the run of a channel ends goes on in that of the next channel.
+  template <class T>
+  bool lines_continue(std::int64_t channel) const {
+    return channel + 1 < channels && length == between_channels && length >= line_length<T>;
+  }
   // What the end of a block is followed by, going forwards.
   template <class T>
   Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
@@ -164,9 +169,9 @@ struct Runs {
   std::int64_t between_channels, between_samples, start;
 };
 
-// The tile that both passes over this one fetch on the way, so that memory is never idle: in the
-// next group, and in the mirrored place, since the first pass over it goes forwards and the second
-// pass over this one backwards.
+// The tile that the second pass over this one fetches on the way, so that memory does not only take
+// results: in the next group, and in the mirrored place, since the first pass over it goes forwards
+// and the second pass over this one backwards.
 class NextTile {
  public:
   NextTile(const Grid& grid, std::int64_t group, std::int64_t chunk)
@@ -197,8 +202,8 @@ Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
 constexpr std::int64_t stretch = 128;
 
 template <class T, bool centered>
-void shifted_sums_rows(const Grid& grid, const Runs& runs, const NextTile& next_tile, const T* x,
-                       const double* center, ShiftedSums* sums) {
+void shifted_sums_rows(const Grid& grid, const Runs& runs, const T* x, const double* center,
+                       ShiftedSums* sums) {
   MomentSums<T, centered> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c)
     channel_sums[c] = MomentSums<T, centered>(centered ? center[c] : 0);
@@ -207,11 +212,9 @@ void shifted_sums_rows(const Grid& grid, const Runs& runs, const NextTile& next_
     for (std::int64_t b = first; b < last; ++b) {
       const T* run = x + runs.offset(b, c);
       const Ahead<T> ahead = runs.ahead(grid, x, b);
-      const Next<T> next = next_tile.next(x, b, c);
       std::int64_t i = 0;
       for (; grid.fetch_ahead && i + stretch <= runs.length; i += stretch) {
         ahead.fetch(run + i, stretch);
-        next.fetch_early(i, stretch);
         s.add(run + i, stretch / lanes);
       }
       const std::int64_t count = runs.length - i, rest = count % lanes;
@@ -230,13 +233,11 @@ template <class T>
 void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
                   Moments* partials) {
   const Runs runs(grid, group, chunk);
-  const NextTile next_tile(grid, group, chunk);
   const auto count = static_cast<double>(runs.values());
   double center[Grid::max_group_channels];
   ShiftedSums sums[Grid::max_group_channels], centered[Grid::max_group_channels];
   bool again = !exact_products<T>;
-  if constexpr (exact_products<T>)
-    shifted_sums_rows<T, false>(grid, runs, next_tile, x, center, sums);
+  if constexpr (exact_products<T>) shifted_sums_rows<T, false>(grid, runs, x, center, sums);
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     if constexpr (exact_products<T>)
       center[c] = wanted_center<T>(sums[c], count);
@@ -244,7 +245,7 @@ void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, cons
       center[c] = static_cast<double>(x[runs.offset(0, c)]);
     again |= !(center[c] == 0);
   }
-  if (again) shifted_sums_rows<T, true>(grid, runs, next_tile, x, center, centered);
+  if (again) shifted_sums_rows<T, true>(grid, runs, x, center, centered);
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     // What one channel needs changes nothing in another.
     const ShiftedSums& s = exact_products<T> && center[c] == 0 ? sums[c] : centered[c];
@@ -258,6 +259,7 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
                 const Affine<T>* forward, T slope, T* y) {
   const Runs runs(grid, group, chunk);
   const NextTile next_tile(grid, group, chunk);
+  SharedLine<T> shared;
   for (std::int64_t b = runs.blocks; b-- > 0;)
     for (std::int64_t c = 0; c < runs.channels; ++c) {
       const Affine<T> f = forward[runs.first_channel + c];
@@ -265,14 +267,15 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
       const Next<T> next = next_tile.next(x, b, c);
       const T* from = x + offset;
       const Ahead<T> ahead = within(grid, from, runs.length);
+      shared.continues = runs.lines_continue<T>(c);
       write<1>(
-          y + offset, 0, runs.length, grid.streaming, [&](auto) { return f; },
+          y + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return f; },
           [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
             return Epilogue::value(apply(affine, at(from)), slope);
           },
           [&](std::int64_t i, std::int64_t count) {
             ahead.fetch(from + i, count);
-            next.fetch_late(i, count);
+            next.fetch(i, count);
           });
     }
 }
@@ -282,7 +285,6 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
                     const T* x, const double* mean, const Affine<T>* forward, T slope,
                     GradSums* partials) {
   const Runs runs(grid, group, chunk);
-  const NextTile next_tile(grid, group, chunk);
   mean += runs.first_channel;
   forward += runs.first_channel;
   GradientSums<T> channel_sums[Grid::max_group_channels];
@@ -295,7 +297,6 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
       const std::int64_t offset = runs.offset(b, c);
       const T *g = grad_y + offset, *values = x + offset;
       const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
-      const Next<T> next_g = next_tile.next(grad_y, b, c), next_x = next_tile.next(x, b, c);
       const auto gradients = [&](std::int64_t k) __attribute__((always_inline)) {
         if constexpr (Epilogue::linear) return load_wide(g + k * lanes);
         return through_epilogue<Epilogue>(load(g + k * lanes), load(values + k * lanes), packs,
@@ -306,8 +307,6 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
       for (; grid.fetch_ahead && k + stretch / lanes <= whole; k += stretch / lanes) {
         ahead_g.fetch(g + k * lanes, stretch);
         ahead_x.fetch(values + k * lanes, stretch);
-        next_g.fetch_early(k * lanes, stretch);
-        next_x.fetch_early(k * lanes, stretch);
         s.add(values, k, k + stretch / lanes, gradients);
       }
       ahead_g.fetch(g + k * lanes, runs.length - k * lanes);
@@ -331,6 +330,7 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
                      T* grad_x) {
   const Runs runs(grid, group, chunk);
   const NextTile next_tile(grid, group, chunk);
+  SharedLine<T> shared;
   for (std::int64_t b = runs.blocks; b-- > 0;)
     for (std::int64_t c = 0; c < runs.channels; ++c) {
       const Affine<T> f = forward[runs.first_channel + c];
@@ -340,8 +340,9 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
       const T *g = grad_y + offset, *values = x + offset;
       const Ahead<T> ahead_g = within(grid, g, runs.length);
       const Ahead<T> ahead_x = within(grid, values, runs.length);
+      shared.continues = runs.lines_continue<T>(c);
       write<1>(
-          grad_x + offset, 0, runs.length, grid.streaming, [&](auto) { return k; },
+          grad_x + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return k; },
           [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
             const auto v = at(values);
             return apply(affine, Epilogue::gradient(at(g), apply(f, v), slope), v);
@@ -349,8 +350,8 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
           [&](std::int64_t i, std::int64_t count) {
             ahead_g.fetch(g + i, count);
             ahead_x.fetch(values + i, count);
-            next_g.fetch_late(i, count);
-            next_x.fetch_late(i, count);
+            next_g.fetch(i, count);
+            next_x.fetch(i, count);
           });
     }
 }
@@ -597,7 +598,7 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
         const std::int64_t offset = r * grid.width + columns.first;
         const T* from = x + offset;
         write<decltype(rows)::value>(
-            y + offset, grid.width, width, grid.streaming,
+            y + offset, grid.width, width, grid.streaming, no_shared_line<T>,
             [&](auto at) __attribute__((always_inline)) { return f.at(at); },
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
               return Epilogue::value(apply(affine, at(from + row * grid.width)), slope);
@@ -685,7 +686,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
       grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
         const std::int64_t offset = r * grid.width + columns.first;
         write<decltype(rows)::value>(
-            grad_x + offset, grid.width, width, grid.streaming,
+            grad_x + offset, grid.width, width, grid.streaming, no_shared_line<T>,
             [&](auto at) __attribute__((always_inline)) {
               return BothAffine<decltype(f.at(at)), decltype(k.at(at))>{f.at(at), k.at(at)};
             },

@@ -130,7 +130,7 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
     const std::int64_t count = end - begin < batch ? end - begin : batch;
     const T* from = x + begin;
     write<1>(
-        y + begin, 0, count, streaming, [](auto) { return 0; },
+        y + begin, 0, count, streaming, no_shared_line<T>, [](auto) { return 0; },
         [&](int, auto at, int) __attribute__((always_inline)) {
           const auto kept = at(from) * scale;
           return load_integers<T>(bits + at.i) < high ? decltype(kept){} : kept;

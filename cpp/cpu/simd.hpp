@@ -386,11 +386,6 @@ constexpr std::int64_t prefetch_bytes = 4096;
 template <class T>
 constexpr std::int64_t line_length = 64 / sizeof(T);
 
-// Where the line at p is in a repeating pattern of four.
-BNEXT_INLINE unsigned quarter(const void* p) {
-  return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(p) / 64 % 4);
-}
-
 // Fetches `count` elements from p on.
 template <class T>
 BNEXT_INLINE void fetch(const T* p, std::int64_t count) {
@@ -414,26 +409,13 @@ struct Ahead {
   }
 };
 
-// Fetches memory that is wanted after two passes over other memory: a quarter of its lines in the
-// first pass, which only reads, the rest in the second, in which memory also takes results. Null:
-// nothing to fetch.
+// Fetches memory from `start` on that is wanted after this pass. Null: nothing to fetch.
 template <class T>
 struct Next {
   const T* start;
 
-  BNEXT_INLINE void fetch_early(std::int64_t i, std::int64_t count) const {
-    if (start != nullptr) fetch(i, count, [](const T* p) { return quarter(p) == 0; });
-  }
-  BNEXT_INLINE void fetch_late(std::int64_t i, std::int64_t count) const {
-    if (start != nullptr) fetch(i, count, [](const T* p) { return quarter(p) != 0; });
-  }
-
- private:
-  template <class Wanted>
-  BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count, Wanted wanted) const {
-    for (const T* p = start + i; p < start + i + count; p += line_length<T>)
-      if (wanted(p)) __builtin_prefetch(p);
-    __asm__ volatile("");
+  BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count) const {
+    if (start != nullptr) bnext::fetch(start + i, count);
   }
 };
 
@@ -478,24 +460,52 @@ BNEXT_INLINE void each_place(std::int64_t i, std::int64_t end, Body body) {
   if (i < end) body(PartialPlace<T>{i, end - i});
 }
 
+// The line that two neighbouring rows share: put together here, it can be streamed too. A store of
+// a part of it would have to wait for memory, and all later ones with it.
+template <class T>
+struct SharedLine {
+  bool begun = false;      // by the row before this one
+  bool continues = false;  // in the row after this one, which is no shorter than a line
+  alignas(64) T values[line_length<T>];
+};
+
+template <class T>
+constexpr SharedLine<T>* no_shared_line = nullptr;
+
 // Writes value(k, place, row), k = coefficients(place), to each place of `rows` rows of `length`
 // elements, `stride` apart: rows that share coefficients are written together. With `streaming`
 // past the caches: worth it where nothing will read the result before it would have left them
 // anyway. fetch(i, count) is called before elements [i, i + count) are asked for. More than one row
-// needs a stride of whole lines.
+// needs a stride of whole lines, and no shared line.
 template <int rows, class T, class Coefficients, class Value, class Fetch>
 BNEXT_INLINE void write(T* __restrict to, std::int64_t stride, std::int64_t length, bool streaming,
-                        Coefficients coefficients, Value value, Fetch fetch) {
+                        SharedLine<T>* shared, Coefficients coefficients, Value value,
+                        Fetch fetch) {
   constexpr std::int64_t line = line_length<T>, block = 8 / rows * line;
-  const auto write_at = [&](auto place) __attribute__((always_inline)) {
+  const auto write_at = [&](auto place, T* __restrict at) __attribute__((always_inline)) {
     const auto k = coefficients(place);
 #pragma GCC unroll 8
-    for (int row = 0; row < rows; ++row) place.write(value(k, place, row), to + row * stride);
+    for (int row = 0; row < rows; ++row) place.write(value(k, place, row), at + row * stride);
   };
+  const auto write_range = [&](std::int64_t begin, std::int64_t end,
+                               T* __restrict at) __attribute__((always_inline)) {
+    each_place<T>(begin, end,
+                  [&](auto place) __attribute__((always_inline)) { write_at(place, at); });
+  };
+  const auto stream = [](T* __restrict at, typename Native<T>::type v)
+                          __attribute__((always_inline)) { stream_vector(at, (u32v)v); };
+
   // Whole lines first to last: a store across two of them costs twice, and cannot be streamed.
   std::int64_t i = until_next_line(to);
   if (i > length) i = length;
-  each_place<T>(0, i, write_at);
+  if (streaming && shared != nullptr && shared->begun) {
+    write_range(0, i, shared->values + line - i);
+    for (std::int64_t k = 0; k < line; k += vector_length<T>)
+      stream(to + i - line + k, Place<T>{k}(shared->values));
+    shared->begun = false;
+  } else {
+    write_range(0, i, to);
+  }
   if (streaming) {
     // A line at a time, so that reads and writes are under way together.
     for (; i + line <= length; i += line) {
@@ -504,18 +514,23 @@ BNEXT_INLINE void write(T* __restrict to, std::int64_t stride, std::int64_t leng
 #pragma GCC unroll 8
         for (std::int64_t at = i; at < i + line; at += vector_length<T>) {
           const Place<T> place{at};
-          stream_vector(to + row * stride + at, (u32v)value(coefficients(place), place, row));
+          stream(to + row * stride + at, value(coefficients(place), place, row));
         }
+    }
+    if (shared != nullptr && shared->continues && i < length) {
+      write_range(i, length, shared->values - i);
+      shared->begun = true;
+      return;
     }
   } else {
     for (; i + block <= length; i += block) {
       fetch(i, block);
 #pragma GCC unroll 8
-      for (std::int64_t at = 0; at < block; at += vector_length<T>) write_at(Place<T>{i + at});
+      for (std::int64_t at = 0; at < block; at += vector_length<T>) write_at(Place<T>{i + at}, to);
     }
     if (i < length) fetch(i, length - i);
   }
-  each_place<T>(i, length, write_at);
+  write_range(i, length, to);
 }
 
 }  // namespace
