@@ -195,6 +195,17 @@ def test_activation_passes_nan_on(backend, activation):
     assert np.isfinite(y[:, 1:]).all()
 
 
+@pytest.mark.parametrize("shape", [(40, 3), (4, 3, 7, 7), (4, 3, 9, 9)])
+def test_relu_stops_any_gradient(backend, shape):
+    """Also an infinite one: what ReLU clips is selected away, not multiplied by zero."""
+    x = data(shape)
+    y, saved = F.batch_norm_forward(x, activation="relu")
+    grad_y = np.where(y == 0, np.float32(np.inf), np.float32(1))
+    assert (y == 0).any()
+    expected = F.batch_norm_backward(np.where(y == 0, np.float32(0), grad_y), saved)
+    assert np.array_equal(F.batch_norm_backward(grad_y, saved).x, expected.x)
+
+
 @dtypes
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (5, 3, 0, 2), (4, 0), (4, 0, 7)])
 def test_empty(backend, dtype, shape):

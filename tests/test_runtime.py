@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -97,6 +98,51 @@ except ValueError as error:
 def test_best_backend_is_the_default():
     code = "import bnext; from bnext import _core; print(_core.backend())"
     assert python(code, BNEXT_BACKEND="") == BACKENDS[-1]
+
+
+def test_bits_do_not_depend_on_the_size_of_the_cache():
+    """What exceeds the cache is written past it and fetched ahead: other code, same results."""
+    code = """
+import hashlib
+import numpy as np
+import bnext
+from bnext import functional as F
+from cases import ACTIVATIONS, DTYPES, SHAPES
+digest = hashlib.sha256()
+rng = np.random.default_rng(0)
+for shape, axis in [*SHAPES, ((3, 70, 14, 14), 1), ((2, 130, 9, 9), 1)]:
+    for dtype in DTYPES:
+        x, g = rng.normal(size=(2, *shape)).astype(dtype)
+        options = {"channel_axis": axis, "activation": ACTIVATIONS[len(shape) % len(ACTIVATIONS)]}
+        row = rng.normal(1, 0.1, shape[axis]).astype(dtype)
+        for array in (x, x[1:]):  # aligned, and hardly
+            if array.size > shape[axis]:
+                y, saved = F.batch_norm_forward(array, row, row, **options)
+                grads = F.batch_norm_backward(g[: len(array)], saved)
+                for result in (y, grads.x, grads.weight, grads.bias):
+                    digest.update(result.tobytes())
+            digest.update(F.batch_norm_inference(array, row, row**2, **options).tobytes())
+            y, _ = F.dropout_forward(array, 0.3, generator=bnext.Generator(1))
+            digest.update(y.tobytes())
+print(digest.hexdigest())
+"""
+    path = os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path])
+    for name in BACKENDS:
+        run = partial(python, code, BNEXT_BACKEND=name, PYTHONPATH=path)
+        assert run(BNEXT_CACHE_BYTES="1") == run(BNEXT_CACHE_BYTES=str(1 << 40))
+
+
+def test_size_of_the_cache_must_be_a_number():
+    code = """
+import bnext, numpy as np
+try:
+    bnext.functional.batch_norm_forward(np.eye(3, dtype=np.float32))
+except ValueError as error:
+    print(error)
+"""
+    for wrong in ("32M", "0", "-1"):
+        said = python(code, BNEXT_CACHE_BYTES=wrong)
+        assert said == f"BNEXT_CACHE_BYTES: expected bytes, got '{wrong}'"
 
 
 def test_show_config(capsys):

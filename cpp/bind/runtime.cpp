@@ -86,6 +86,8 @@ ValueError
     If `bytes` is negative.
 TypeError
     If it is no integer.)");
+  m.def("cache_bytes", bnext::cache_bytes,
+        "Bytes of the largest cache, as the system reports them or BNEXT_CACHE_BYTES says.");
   m.def("has_openmp", bnext::has_openmp, "Whether bnext was compiled with OpenMP.");
   m.def("pause_threads", bnext::pause_threads, "To be called before os.fork().");
   m.def("copy_count", copy_count,

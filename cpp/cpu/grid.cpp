@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "cpu/parallel.hpp"
+#include "bnext/runtime.hpp"
 
 namespace bnext {
 namespace {

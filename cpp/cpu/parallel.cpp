@@ -73,6 +73,14 @@ void run_share(const Phase& phase, std::int64_t thread, std::int64_t threads) {
 
 std::int64_t cache_bytes() {
   static const std::int64_t bytes = [] {
+    if (const char* forced = std::getenv("BNEXT_CACHE_BYTES"); forced != nullptr && *forced) {
+      char* end = nullptr;
+      const long long value = std::strtoll(forced, &end, 10);
+      if (*end != '\0' || value < 1)
+        throw std::invalid_argument(std::string("BNEXT_CACHE_BYTES: expected bytes, got '") +
+                                    forced + "'");
+      return static_cast<std::int64_t>(value);
+    }
     // What sysconf says counts the caches of processors that are not ours.
     std::int64_t kilobytes = 0;
     for (const char* level : {"2", "3"}) {

@@ -33,7 +33,4 @@ void parallel_for(std::int64_t count, std::int64_t work, Body body) {
   parallel_phases(work, &only, 1);
 }
 
-// Bytes of the largest cache.
-std::int64_t cache_bytes();
-
 }  // namespace bnext

@@ -38,7 +38,7 @@ __all__ = [
 
 
 def show_config() -> None:
-    """Print the version, the backends compiled and in use, the threads and OpenMP."""
+    """Print the version, the backends compiled and in use, the threads, the cache and OpenMP."""
     in_use = _core.backend()
     backends = [
         name + (" (in use)" if name == in_use else "" if available else " (not on this processor)")
@@ -47,6 +47,7 @@ def show_config() -> None:
     print(f"bnext     {__version__}")
     print(f"backends  {', '.join(backends)}")
     print(f"threads   {get_num_threads()}")
+    print(f"cache     {_core.cache_bytes() / 2**20:.1f} MiB")
     print(f"OpenMP    {'yes' if _core.has_openmp() else 'no'}")
     print("CUDA      not compiled")
 

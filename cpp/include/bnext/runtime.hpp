@@ -1,6 +1,7 @@
 // Which kernels run, and on how many threads.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,11 @@ void set_backend(const std::string& name);
 // mask and the cgroup quota. Without OpenMP it is always 1.
 int num_threads();
 void set_num_threads(int n);  // n >= 1, else std::invalid_argument
+
+// Bytes of the largest cache, as the system reports them or BNEXT_CACHE_BYTES says (else than a
+// positive number: std::invalid_argument). Operations whose arrays exceed it write their results
+// past the caches; what they are does not depend on it.
+std::int64_t cache_bytes();
 
 bool has_openmp();
 
