@@ -30,14 +30,15 @@ struct Arrays {
 enum class Op { forward, backward, inference, dropout };
 
 // Somebody's implementation of an operation. Those whose name starts with "limit" only move the
-// bytes; the fastest of them is the streaming limit.
+// bytes; the fastest of them is the streaming limit. Those with "two passes" also make the sums
+// that training needs.
 struct Contender {
   std::string name;
   std::function<void()> run;
 };
 
-// streams.cpp: every way to read `reads` arrays and write one.
-void add_streams(int reads, std::int64_t size, const Arrays& arrays, int threads,
+// streams.cpp: every way to read `reads` arrays and write one, for `training` with sums first.
+void add_streams(int reads, bool training, std::int64_t size, const Arrays& arrays, int threads,
                  std::vector<Contender>& contenders);
 
 // onednn.cpp: batch normalization, with ReLU where `relu`, in each layout. Blocked layouts get
