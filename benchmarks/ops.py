@@ -173,6 +173,10 @@ class Torch:
 class TorchCompile(Torch):
     """PyTorch compiled for each shape."""
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.torch.compiler.reset()  # after eight shapes it would fall back to eager
+
     def compiled(self, function):
         return self.torch.compile(function, dynamic=False)
 
@@ -262,7 +266,8 @@ def take_turns(runs: dict[str, Run], seconds: float) -> dict[str, float]:
     while len(samples["bnext"]) < 5 or time.perf_counter() - started < seconds:
         for name, run in runs.items():
             time.sleep(0.005)  # threads of the last one stop spinning
-            run()  # caches as it leaves them itself
+            for _ in range(3):  # caches as it leaves them itself
+                run()
             begin = time.perf_counter()
             run()
             samples[name].append(time.perf_counter() - begin)

@@ -2,8 +2,10 @@
 
     python benchmarks/report.py cpp.json ops.json --write docs/performance.md --plot speed.png
 
-The first file is of bnext_bench, the second of ops.py. Tables replace what stands between the
-markers ``<!-- NAME -->`` and ``<!-- end -->`` of the page; without --write they are printed.
+The first file is of bnext_bench, the second of ops.py. --variants adds files of bnext_bench with
+other options (--channels-last, --relu, --threads 1, another BNEXT_BACKEND). Tables replace what
+stands between the markers ``<!-- NAME -->`` and ``<!-- end -->`` of the page; without --write they
+are printed.
 """
 
 from __future__ import annotations
@@ -70,6 +72,32 @@ def speed_table(facts: dict, table: dict, beyond: bool) -> list[str]:
     return lines
 
 
+def variant_table(files: list[str]) -> list[str]:
+    """Share of the limit, and the best of oneDNN's layouts, for other options; all shapes."""
+    lines = [
+        "| | " + " | ".join(OPS) + " |",
+        "|---" * (len(OPS) + 1) + "|",
+    ]
+    for path in files:
+        facts, table = load(path)
+        what = [facts["layout"].upper(), facts["backend"], f"{facts['threads']} threads"]
+        if facts["activation"] != "none":
+            what.insert(1, facts["activation"])
+        cells = []
+        for op in OPS:
+            times = [t for (o, _), t in table.items() if o == op]
+            peers = [
+                min(p) / t["bnext"]
+                for t in times
+                if (p := [s for name, s in t.items() if "onednn" in name])
+            ]
+            share = statistics.geometric_mean(t[LIMIT] / t["bnext"] for t in times)
+            ratio = f", oneDNN {statistics.geometric_mean(peers):.2f}" if peers else ""
+            cells.append(f"{share:.2f}{ratio}")
+        lines.append(f"| {', '.join(what)} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def peer_table(table: dict) -> list[str]:
     peers = [n for n in next(iter(table.values())) if n not in ("bnext", "memcpy")]
     lines = [
@@ -131,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cpp", help="JSON of bnext_bench")
     parser.add_argument("ops", help="JSON of ops.py")
+    parser.add_argument("--variants", nargs="+", default=[], help="JSON of bnext_bench")
     parser.add_argument("--write", help="the page whose tables to replace")
     parser.add_argument("--plot", help="the picture to draw")
     options = parser.parse_args()
@@ -139,6 +168,7 @@ def main() -> None:
     tables = {
         "beyond": speed_table(facts, cpp, beyond=True),
         "within": speed_table(facts, cpp, beyond=False),
+        "variants": variant_table(options.variants),
         "peers": peer_table(ops),
         "cases": case_table(cpp),
     }

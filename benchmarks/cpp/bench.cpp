@@ -3,6 +3,7 @@
 // contenders take turns, and medians are reported.
 #include "bench.hpp"
 
+#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -326,7 +327,8 @@ std::int64_t cache_bytes() {
 void write_json(const std::vector<Row>& rows, const Options& options) {
   std::ofstream file(options.json);
   file << "{\"threads\": " << options.threads << ", \"activation\": \""
-       << (options.relu ? "relu" : "none") << "\", \"cache_bytes\": " << cache_bytes()
+       << (options.relu ? "relu" : "none") << "\", \"layout\": \""
+       << (options.channels_last ? "nhwc" : "nchw") << "\", \"cache_bytes\": " << cache_bytes()
        << ", \"backend\": \"" << bnext::backend() << "\", \"version\": \"" << bnext::version()
        << "\", \"rows\": [\n";
   for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -375,6 +377,7 @@ Options parse(int argc, char** argv) {
 int run(int argc, char** argv) {
   const Options options = parse(argc, argv);
   bnext::set_num_threads(options.threads);
+  omp_set_num_threads(options.threads);  // of oneDNN
   std::printf("backend %s, %d threads, %s%s; peers: their time / ours\n", bnext::backend().c_str(),
               options.threads, options.relu ? "with ReLU, " : "",
               options.cold ? "caches flushed before each call" : "warm");

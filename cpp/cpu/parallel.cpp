@@ -19,8 +19,9 @@
 namespace bnext {
 namespace {
 
-// Below this many elements, waking a thread costs more than it saves.
-constexpr std::int64_t serial_work = 16384;
+// Below this many elements, a second thread costs more than it saves: measured,
+// docs/performance.md.
+constexpr std::int64_t serial_work = 32768;
 
 #ifdef _OPENMP
 // Processors that the cgroup's quota pays for; a container may see more than it may use.
