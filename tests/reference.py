@@ -41,6 +41,10 @@ class BatchNorm:
     negative_slope: float = 0.01
     mean: np.ndarray | None = None
     var: np.ndarray | None = None
+    residual: np.ndarray | None = None
+    dropout: float = 0.0
+    seed: int = 0
+    offset: int = 0
 
     def __post_init__(self):
         x = self.x.astype(Wide)
@@ -53,15 +57,24 @@ class BatchNorm:
         self.n = (x - self._wide(self.mean)) * self.r
         self.scale = self._wide(1 if self.weight is None else self.weight)
         self.z = self.n * self.scale + self._wide(0 if self.bias is None else self.bias)
+        if self.residual is not None:
+            self.z = self.z + self.residual
         self.y, self.derivative = activate(self.z, self.activation, self.negative_slope)
+        self.y = self._drop(self.y)
+
+    def _drop(self, values):
+        return dropout(values, self.dropout, self.seed, self.offset)
 
     def _wide(self, values):
         return _per_channel(values, self.x, self.channel_axis)
 
+    def grad_residual(self, grad_y):
+        return self._drop(grad_y.astype(Wide)) * self.derivative
+
     def backward(self, grad_y):
         """Gradients of x, weight and bias."""
         axes = _axes(self.x, self.channel_axis)
-        g = grad_y.astype(Wide) * self.derivative
+        g = self.grad_residual(grad_y)
         grad_x = g
         if self.batch_statistics:
             grad_x = g - g.mean(axes, keepdims=True)

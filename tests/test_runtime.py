@@ -116,10 +116,15 @@ for shape, axis in [*SHAPES, ((3, 70, 14, 14), 1), ((2, 130, 9, 9), 1)]:
         options = {"channel_axis": axis, "activation": ACTIVATIONS[len(shape) % len(ACTIVATIONS)]}
         row = rng.normal(1, 0.1, shape[axis]).astype(dtype)
         for array in (x, x[1:]):  # aligned, and hardly
-            if array.size > shape[axis]:
-                y, saved = F.batch_norm_forward(array, row, row, **options)
+            fusion = {"residual": g[: len(array)], "dropout": 0.3}
+            for more in ({}, fusion) if array.size > shape[axis] else ():
+                generator = bnext.Generator(1)
+                y, saved = F.batch_norm_forward(
+                    array, row, row, **options, **more, generator=generator)
                 grads = F.batch_norm_backward(g[: len(array)], saved)
-                for result in (y, grads.x, grads.weight, grads.bias):
+                for result in (y, grads.x, grads.weight, grads.bias, grads.residual):
+                    if result is None:
+                        continue
                     digest.update(result.tobytes())
             digest.update(F.batch_norm_inference(array, row, row**2, **options).tobytes())
             y, _ = F.dropout_forward(array, 0.3, generator=bnext.Generator(1))

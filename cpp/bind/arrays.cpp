@@ -56,11 +56,11 @@ std::string dtype_names() {
   return names;
 }
 
+}  // namespace
+
 Shape shape_of(const py::array& array) {
   return Shape(array.shape(), array.shape() + array.ndim());
 }
-
-}  // namespace
 
 py::array input(const char* operation, const char* argument, py::handle object) {
   // Exact arrays are the usual case; only others can be masked.

@@ -30,6 +30,8 @@ OptionalArray per_channel(const char* operation, const char* argument, py::handl
 // C-contiguous, aligned, writable array of native byte order.
 py::array output(const char* operation, py::handle out, const py::array& like);
 
+Shape shape_of(const py::array& array);
+
 py::array new_array(const py::dtype& dtype, const Shape& shape);
 
 // What the core takes; the array must outlive it.

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bind/arrays.hpp"
+#include "bind/random.hpp"
 #include "bnext/lists.hpp"
 #include "core/check.hpp"
 
@@ -53,6 +54,22 @@ struct BatchNormSaved {
   double negative_slope;
   bool batch_statistics;
   bool x_overwritten;
+  // Of a residual: whether there was one, and what the gradient of the activation needs of it, its
+  // bits or itself.
+  bool has_residual = false;
+  OptionalArray residual = {}, passes = {};
+  bool residual_overwritten = false;
+  double dropout = 0;
+  DropoutDraw draw = {};
+
+  std::int64_t nbytes() const {
+    std::int64_t bytes = 0;
+    for (const OptionalArray& array :
+         {OptionalArray(x), weight, bias, OptionalArray(mean), OptionalArray(var),
+          OptionalArray(inv_std), residual, passes})
+      if (array) bytes += array->nbytes();
+    return bytes;
+  }
 
   std::int64_t count() const {
     const std::int64_t channels = mean.size();
@@ -65,7 +82,7 @@ struct BatchNormSaved {
 
 struct BatchNormGrads {
   py::array x;
-  py::object weight, bias;
+  py::object weight, bias, residual;
 };
 
 // The arguments that all three operations share.
@@ -85,15 +102,23 @@ std::int64_t channels_of(const py::array& x, int channel_axis) {
   return x.ndim() < 2 ? 0 : x.shape(channel_axis == -1 ? x.ndim() - 1 : 1);
 }
 
+OptionalArray optional_input(const char* operation, const char* argument, py::handle object) {
+  if (object.is_none()) return std::nullopt;
+  return input(operation, argument, object);
+}
+
 py::tuple forward(py::handle x, py::handle weight, py::handle bias, py::handle eps,
-                  py::handle channel_axis, py::handle activation, py::handle negative_slope,
+                  py::handle channel_axis, py::handle residual, py::handle activation,
+                  py::handle negative_slope, py::handle dropout, py::handle generator,
                   py::handle out) {
   constexpr const char* operation = "batch_norm_forward";
   const Options options(operation, channel_axis, activation, negative_slope);
   const py::array from = input(operation, "x", x);
   const OptionalArray w = per_channel(operation, "weight", weight, from.dtype());
   const OptionalArray b = per_channel(operation, "bias", bias, from.dtype());
+  const OptionalArray r = optional_input(operation, "residual", residual);
   const double epsilon = number(operation, "eps", eps);
+  const double p = number(operation, "dropout", dropout);
   const py::array y = output(operation, out, from);
 
   const Shape channels{channels_of(from, options.channel_axis)};
@@ -109,21 +134,33 @@ py::tuple forward(py::handle x, py::handle weight, py::handle bias, py::handle e
                        options.negative_slope,
                        true,
                        y.data() == from.data()};
+  if (r) {
+    saved.has_residual = true;
+    if (is_gated(options.activation))
+      saved.passes = new_array(py::dtype::of<std::uint8_t>(), {passes_bytes(from.size())});
+    else if (options.activation != Activation::none)
+      saved.residual = r;
+    saved.residual_overwritten = saved.residual && y.data() == r->data();
+  }
   BatchNormForward args;
   args.x = view(from);
   args.weight = view(w);
   args.bias = view(b);
   args.eps = epsilon;
   args.channel_axis = options.channel_axis;
+  args.residual = view(r);
   args.activation = options.activation;
   args.negative_slope = options.negative_slope;
+  args.dropout = saved.dropout = p;
+  if (saved.passes) args.passes = static_cast<std::uint8_t*>(saved.passes->mutable_data());
   args.y = view(y);
   args.mean = view(saved.mean);
   args.var = view(saved.var);
   args.inv_std = view(saved.inv_std);
+  const auto source = generator_of(operation, generator);
   {
     const py::gil_scoped_release release;
-    batch_norm_forward(args);
+    saved.draw = batch_norm_forward(args, *source);
   }
   return py::make_tuple(y, std::move(saved));
 }
@@ -139,11 +176,23 @@ BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
     throw py::value_error(std::string(operation) +
                           ": saved: x was overwritten, since forward ran with out=x; backward "
                           "needs x");
+  if (s.residual_overwritten)
+    throw py::value_error(std::string(operation) +
+                          ": saved: the residual was overwritten, since forward ran with "
+                          "out=residual; the gradient of this activation needs it");
   const py::array g = input(operation, "grad_y", grad_y);
   const py::array grad_x = output(operation, out, s.x);
   OptionalArray grad_weight, grad_bias;
   if (s.weight) grad_weight = new_array(s.x.dtype(), {s.mean.size()});
   if (s.bias) grad_bias = new_array(s.x.dtype(), {s.mean.size()});
+  // What only passes through needs no array of its own.
+  const bool through = s.activation == Activation::none && s.dropout == 0;
+  OptionalArray grad_residual;
+  if (s.has_residual) grad_residual = through ? g : new_array(s.x.dtype(), shape_of(s.x));
+  if (s.has_residual && through && grad_x.data() == g.data())
+    throw py::value_error(std::string(operation) +
+                          ": out: expected other memory than that of grad_y, which is the gradient "
+                          "of the residual");
 
   BatchNormBackward args;
   args.grad_y = view(g);
@@ -153,9 +202,14 @@ BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
   args.mean = view(s.mean);
   args.inv_std = view(s.inv_std);
   args.channel_axis = s.channel_axis;
+  args.residual = view(s.residual);
   args.activation = s.activation;
   args.negative_slope = s.negative_slope;
+  args.dropout = s.dropout;
+  args.draw = s.draw;
+  if (s.passes) args.passes = static_cast<const std::uint8_t*>(s.passes->data());
   args.batch_statistics = s.batch_statistics;
+  if (!through) args.grad_residual = view(grad_residual);
   args.grad_x = view(grad_x);
   args.grad_weight = view(grad_weight);
   args.grad_bias = view(grad_bias);
@@ -166,14 +220,14 @@ BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
   const auto or_none = [](const OptionalArray& array) {
     return array ? py::object(*array) : py::object(py::none());
   };
-  return {grad_x, or_none(grad_weight), or_none(grad_bias)};
+  return {grad_x, or_none(grad_weight), or_none(grad_bias), or_none(grad_residual)};
 }
 
 // Inference, and what backward would need through it: the statistics are constants there.
 py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, py::handle var,
                           py::handle weight, py::handle bias, py::handle eps,
-                          py::handle channel_axis, py::handle activation, py::handle negative_slope,
-                          py::handle out, bool keep) {
+                          py::handle channel_axis, py::handle residual, py::handle activation,
+                          py::handle negative_slope, py::handle out, bool keep) {
   const Options options(operation, channel_axis, activation, negative_slope);
   const py::array from = input(operation, "x", x);
   const auto channel = [&](const char* argument, py::handle object) {
@@ -181,8 +235,10 @@ py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, 
   };
   const OptionalArray m = channel("mean", mean), v = channel("var", var);
   const OptionalArray w = channel("weight", weight), b = channel("bias", bias);
+  const OptionalArray r = optional_input(operation, "residual", residual);
   BatchNormInference args;
   args.x = view(from);
+  args.residual = view(r);
   args.mean = view(m);
   args.var = view(v);
   args.weight = view(w);
@@ -210,17 +266,17 @@ py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, 
 }
 
 py::object inference(py::handle x, py::handle mean, py::handle var, py::handle weight,
-                     py::handle bias, py::handle eps, py::handle channel_axis,
+                     py::handle bias, py::handle eps, py::handle channel_axis, py::handle residual,
                      py::handle activation, py::handle negative_slope, py::handle out) {
   return inference_saved("batch_norm_inference", x, mean, var, weight, bias, eps, channel_axis,
-                         activation, negative_slope, out, false)[0];
+                         residual, activation, negative_slope, out, false)[0];
 }
 
 py::tuple inference_forward(py::handle x, py::handle mean, py::handle var, py::handle weight,
                             py::handle bias, py::handle eps, py::handle channel_axis,
                             py::handle activation, py::handle negative_slope, py::handle out) {
   return inference_saved("batch_norm_inference", x, mean, var, weight, bias, eps, channel_axis,
-                         activation, negative_slope, out, true);
+                         py::none(), activation, negative_slope, out, true);
 }
 
 }  // namespace
@@ -240,6 +296,10 @@ mean, var, inv_std : ndarray (C,), dtype of x
     itself uses them in float64.
 count : int
     Number of values per channel.
+nbytes : int
+    Of all arrays that are kept for backward: x itself, values per channel, and for a residual one
+    bit an element, or the residual itself where the activation's gradient needs more. A dropout
+    mask takes none: it is drawn again.
 
 Notes
 -----
@@ -250,6 +310,7 @@ Notes
       .def_property_readonly("inv_std",
                              [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.inv_std); })
       .def_property_readonly("count", &BatchNormSaved::count)
+      .def_property_readonly("nbytes", &BatchNormSaved::nbytes)
       .def("__repr__", [](const BatchNormSaved& s) {
         return "BatchNormSaved(channels=" + std::to_string(s.mean.size()) +
                ", count=" + std::to_string(s.count()) +
@@ -263,10 +324,13 @@ Attributes
 ----------
 x : ndarray, like x
 weight, bias : ndarray (C,) or None
-    None where forward had no such argument.)")
+residual : ndarray, like x, or None
+    None where forward had no such argument. The gradient of the residual is `grad_y` itself where
+    neither an activation nor dropout followed.)")
       .def_readonly("x", &BatchNormGrads::x)
       .def_readonly("weight", &BatchNormGrads::weight)
-      .def_readonly("bias", &BatchNormGrads::bias);
+      .def_readonly("bias", &BatchNormGrads::bias)
+      .def_readonly("residual", &BatchNormGrads::residual);
 
   py::list activations;
 #define BNEXT_APPEND(name) activations.append(#name);
@@ -278,11 +342,12 @@ weight, bias : ndarray (C,) or None
   const py::object none = py::none();
 
   m.def("batch_norm_forward", forward, "x"_a, "weight"_a = none, "bias"_a = none, py::kw_only(),
-        "eps"_a = 1e-5, "channel_axis"_a = 1, "activation"_a = none, "negative_slope"_a = 0.01,
-        "out"_a = none,
+        "eps"_a = 1e-5, "channel_axis"_a = 1, "residual"_a = none, "activation"_a = none,
+        "negative_slope"_a = 0.01, "dropout"_a = 0.0, "generator"_a = none, "out"_a = none,
         R"(Normalize each channel by the mean and variance of this batch.
 
-y = activation((x - mean) / sqrt(var + eps) * weight + bias), with the biased variance.
+y = dropout(activation((x - mean) / sqrt(var + eps) * weight + bias + residual)), with the biased
+variance, in one pass over memory.
 
 Parameters
 ----------
@@ -292,10 +357,16 @@ weight, bias : array_like (C,), dtype of x, optional
 eps : float, default 1e-5
     Finite, not negative.
 channel_axis : 1 or -1, default 1
+residual : array_like, like x, optional
+    Added to the normalized values.
 activation : str, optional
-    Applied in the same pass over memory: one of `bnext.functional.activations`, such as "relu".
+    One of `bnext.functional.activations`, such as "relu".
 negative_slope : float, default 0.01
     Of leaky_relu.
+dropout : float, default 0
+    Probability of a zero, as for `dropout_forward`, with the same mask.
+generator : Generator, optional
+    Where dropout draws from; `bnext.random.default_generator` if not given.
 out : ndarray, optional
     Where to write, of x's shape and dtype. May be `x` itself; backward is then impossible.
 
@@ -353,18 +424,18 @@ ValueError, TypeError
     As `batch_norm_forward`; also if forward ran in place.)");
 
   m.def("batch_norm_inference", inference, "x"_a, "mean"_a, "var"_a, "weight"_a = none,
-        "bias"_a = none, py::kw_only(), "eps"_a = 1e-5, "channel_axis"_a = 1, "activation"_a = none,
-        "negative_slope"_a = 0.01, "out"_a = none,
+        "bias"_a = none, py::kw_only(), "eps"_a = 1e-5, "channel_axis"_a = 1, "residual"_a = none,
+        "activation"_a = none, "negative_slope"_a = 0.01, "out"_a = none,
         R"(Normalize each channel by given statistics.
 
-y = activation((x - mean) / sqrt(var + eps) * weight + bias)
+y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
 Parameters
 ----------
 x : array_like, float32 or float64, (N, C, *) or, with channel_axis -1, (N, *, C)
 mean, var : array_like (C,), dtype of x
     `var` is not negative. Where var and eps are both 0 the result is that of IEEE arithmetic.
-weight, bias, eps, channel_axis, activation, negative_slope, out
+weight, bias, eps, channel_axis, residual, activation, negative_slope, out
     As `batch_norm_forward`.
 
 Returns

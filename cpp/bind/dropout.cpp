@@ -1,8 +1,7 @@
 #include "bnext/dropout.hpp"
 
-#include <memory>
-
 #include "bind/arrays.hpp"
+#include "bind/random.hpp"
 
 namespace bnext::bind {
 namespace {
@@ -15,14 +14,7 @@ struct DropoutSaved {
 
 py::tuple forward(py::handle x, py::handle p, py::handle generator, py::handle out) {
   constexpr const char* operation = "dropout_forward";
-  std::shared_ptr<Generator> source;
-  if (generator.is_none())
-    source = py::module_::import("bnext._core").attr("default_generator").cast<decltype(source)>();
-  else if (py::isinstance<Generator>(generator))
-    source = generator.cast<decltype(source)>();
-  else
-    throw py::type_error(std::string(operation) + ": generator: expected a bnext.Generator, got " +
-                         type_name(generator));
+  const auto source = generator_of(operation, generator);
   const py::array from = input(operation, "x", x);
   DropoutForward args;
   args.x = view(from);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bind/arrays.hpp"
+#include "bind/random.hpp"
 
 namespace bnext::bind {
 namespace {
@@ -46,6 +47,17 @@ void set_state(Generator& generator, const py::object& state) {
 }
 
 }  // namespace
+
+std::shared_ptr<Generator> generator_of(const char* operation, py::handle object) {
+  if (object.is_none())
+    return py::module_::import("bnext._core")
+        .attr("default_generator")
+        .cast<std::shared_ptr<Generator>>();
+  if (py::isinstance<Generator>(object)) return object.cast<std::shared_ptr<Generator>>();
+  throw py::type_error(std::string(operation) + ": generator: expected a bnext.Generator, got " +
+                       type_name(object));
+}
+
 }  // namespace bnext::bind
 
 void bind_random(pybind11::module_& m) {

@@ -7,6 +7,7 @@
 #include "bnext/bnext.hpp"
 #include "core/check.hpp"
 #include "core/dispatch.hpp"
+#include "core/math.hpp"
 #include "core/philox.hpp"
 
 namespace bnext {
@@ -36,12 +37,22 @@ std::size_t row(DType dtype) {
   return static_cast<std::size_t>(dtype);
 }
 
+void check_probability(const Check& check, const char* name, double p) {
+  if (!(p >= 0 && p <= 1))
+    check.fail(name, "expected a probability in [0, 1], got " + to_string(p));
+}
+
 void check_dropout(const Check& check, const char* in_name, const Array& in, double p,
                    const Array& out) {
-  if (!(p >= 0 && p <= 1)) check.fail("p", "expected a probability in [0, 1], got " + to_string(p));
+  check_probability(check, "p", p);
   check.same_kind(in_name, in, in);
   check.same_kind("out", out, in);
   check.no_overlap("out", out, in_name, in, true);
+}
+
+MaskDraw mask_draw(double p, const DropoutDraw& draw) {
+  return {static_cast<std::uint64_t>(std::llround(std::ldexp(p, 32))), p == 1 ? 0 : 1 / (1 - p),
+          draw.seed, draw.offset};
 }
 
 // Forward and backward are the same product with the same mask.
@@ -51,19 +62,43 @@ void run_dropout(const Array& in, double p, const DropoutDraw& draw, const Array
     if (out.data != in.data) std::memcpy(out.data, in.data, static_cast<std::size_t>(in.bytes()));
     return;
   }
-  const auto threshold = static_cast<std::uint64_t>(std::llround(std::ldexp(p, 32)));
-  const double scale = p == 1 ? 0 : 1 / (1 - p);
-  current_backend().dropout[row(in.dtype)](
-      {in.size(), in.data, threshold, scale, draw.seed, draw.offset, out.data});
+  current_backend().dropout[row(in.dtype)]({in.size(), in.data, mask_draw(p, draw), out.data});
+}
+
+// A residual, the bits of a gated activation and dropout, for batch_norm_*.
+void check_fusion(const Check& check, const Array& x, const Array& residual, Activation activation,
+                  double negative_slope, double dropout, const std::uint8_t* passes) {
+  check.slope(negative_slope);
+  if (residual.given) check.same_kind("residual", residual, x);
+  check_probability(check, "dropout", dropout);
+  if (passes != nullptr && !is_gated(activation))
+    check.fail("passes", "expected none: the gradient of this activation needs more than a bit");
 }
 
 }  // namespace
 
-void batch_norm_forward(const BatchNormForward& a) {
+bool is_gated(Activation activation) {
+  switch (activation) {
+#define BNEXT_CASE(name) \
+  case Activation::name: \
+    return epilogue::name::gated;
+    BNEXT_EPILOGUES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  return false;
+}
+
+std::int64_t passes_bytes(std::int64_t size) {
+  return size / 8 + 8;  // whole words can be read from any byte
+}
+
+namespace {
+
+DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
   const Check check("batch_norm_forward");
   const Problem problem = check.problem(a.x, a.channel_axis);
   check.eps(a.eps);
-  check.slope(a.negative_slope);
+  check_fusion(check, a.x, a.residual, a.activation, a.negative_slope, a.dropout, a.passes);
   check.optional_per_channel("weight", a.weight, problem.c, a.x.dtype);
   check.optional_per_channel("bias", a.bias, problem.c, a.x.dtype);
   if (problem.per_channel() == 1 && problem.c > 0)
@@ -75,24 +110,47 @@ void batch_norm_forward(const BatchNormForward& a) {
   check.per_channel("var", a.var, problem.c, DType::float64);
   check.per_channel("inv_std", a.inv_std, problem.c, DType::float64);
   check.no_overlap("out", a.y, "x", a.x, true);
+  check.no_overlap("out", a.y, "residual", a.residual, true);
   check.no_overlap("out", a.y, "weight", a.weight, false);
   check.no_overlap("out", a.y, "bias", a.bias, false);
 
+  if (a.passes != nullptr)
+    std::memset(a.passes, 0, static_cast<std::size_t>(passes_bytes(problem.size())));
   if (problem.size() == 0) {
     for (const Array& statistic : {a.mean, a.var, a.inv_std})
       fill(statistic, std::numeric_limits<double>::quiet_NaN());
-    return;
+    return a.draw;
   }
+  DropoutDraw draw = a.draw;
+  if (generator != nullptr && a.dropout > 0) draw = {generator->seed(), generator->next()};
   current_backend().batch_norm_forward[row(a.x.dtype)](
-      {problem, a.x.data, optional(a.weight), optional(a.bias), a.eps, a.activation,
-       a.negative_slope, a.y.data, static_cast<double*>(a.mean.data),
-       static_cast<double*>(a.var.data), static_cast<double*>(a.inv_std.data)});
+      {problem,
+       a.x.data,
+       optional(a.weight),
+       optional(a.bias),
+       a.eps,
+       {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw), a.passes},
+       a.y.data,
+       static_cast<double*>(a.mean.data),
+       static_cast<double*>(a.var.data),
+       static_cast<double*>(a.inv_std.data)});
+  return draw;
+}
+
+}  // namespace
+
+void batch_norm_forward(const BatchNormForward& args) {
+  run_forward(args, nullptr);
+}
+
+DropoutDraw batch_norm_forward(const BatchNormForward& args, Generator& generator) {
+  return run_forward(args, &generator);
 }
 
 void batch_norm_backward(const BatchNormBackward& a) {
   const Check check("batch_norm_backward");
   const Problem problem = check.problem(a.x, a.channel_axis);
-  check.slope(a.negative_slope);
+  check_fusion(check, a.x, a.residual, a.activation, a.negative_slope, a.dropout, a.passes);
   check.same_kind("grad_y", a.grad_y, a.x);
   check.optional_per_channel("weight", a.weight, problem.c, a.x.dtype);
   check.optional_per_channel("bias", a.bias, problem.c, a.x.dtype);
@@ -103,6 +161,14 @@ void batch_norm_backward(const BatchNormBackward& a) {
   check.optional_per_channel("grad_bias", a.grad_bias, problem.c, a.x.dtype);
   check.no_overlap("out", a.grad_x, "grad_y", a.grad_y, true);
   check.no_overlap("out", a.grad_x, "x", a.x, true);
+  check.no_overlap("out", a.grad_x, "residual", a.residual, false);
+  if (a.grad_residual.given) {
+    check.same_kind("grad_residual", a.grad_residual, a.x);
+    const std::pair<const char*, const Array&> others[] = {
+        {"out", a.grad_x}, {"grad_y", a.grad_y}, {"x", a.x}, {"residual", a.residual}};
+    for (const auto& [name, other] : others)
+      check.no_overlap("grad_residual", a.grad_residual, name, other, false);
+  }
   check.no_overlap("out", a.grad_x, "weight", a.weight, false);
   check.no_overlap("out", a.grad_x, "bias", a.bias, false);
 
@@ -112,9 +178,18 @@ void batch_norm_backward(const BatchNormBackward& a) {
     return;
   }
   current_backend().batch_norm_backward[row(a.x.dtype)](
-      {problem, a.grad_y.data, a.x.data, optional(a.weight), optional(a.bias),
-       static_cast<const double*>(a.mean.data), static_cast<const double*>(a.inv_std.data),
-       a.activation, a.negative_slope, a.batch_statistics, a.grad_x.data,
+      {problem,
+       a.grad_y.data,
+       a.x.data,
+       optional(a.weight),
+       optional(a.bias),
+       static_cast<const double*>(a.mean.data),
+       static_cast<const double*>(a.inv_std.data),
+       {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
+        const_cast<std::uint8_t*>(a.passes)},
+       a.batch_statistics,
+       a.grad_x.data,
+       a.grad_residual.given ? a.grad_residual.data : nullptr,
        a.grad_weight.given ? a.grad_weight.data : nullptr,
        a.grad_bias.given ? a.grad_bias.data : nullptr});
 }
@@ -123,7 +198,7 @@ void batch_norm_inference(const BatchNormInference& a) {
   const Check check("batch_norm_inference");
   const Problem problem = check.problem(a.x, a.channel_axis);
   check.eps(a.eps);
-  check.slope(a.negative_slope);
+  check_fusion(check, a.x, a.residual, a.activation, a.negative_slope, 0, nullptr);
   check.per_channel("mean", a.mean, problem.c, a.x.dtype);
   check.per_channel("var", a.var, problem.c, a.x.dtype);
   check.optional_per_channel("weight", a.weight, problem.c, a.x.dtype);
@@ -132,6 +207,7 @@ void batch_norm_inference(const BatchNormInference& a) {
     check.fail("var", "expected no negative variance");
   check.same_kind("out", a.y, a.x);
   check.no_overlap("out", a.y, "x", a.x, true);
+  check.no_overlap("out", a.y, "residual", a.residual, true);
   check.no_overlap("out", a.y, "mean", a.mean, false);
   check.no_overlap("out", a.y, "var", a.var, false);
   check.no_overlap("out", a.y, "weight", a.weight, false);
@@ -139,8 +215,15 @@ void batch_norm_inference(const BatchNormInference& a) {
 
   if (problem.size() == 0) return;
   current_backend().batch_norm_inference[row(a.x.dtype)](
-      {problem, a.x.data, a.mean.data, a.var.data, optional(a.weight), optional(a.bias), a.eps,
-       a.activation, a.negative_slope, a.y.data});
+      {problem,
+       a.x.data,
+       a.mean.data,
+       a.var.data,
+       optional(a.weight),
+       optional(a.bias),
+       a.eps,
+       {optional(a.residual), a.activation, a.negative_slope, mask_draw(0, {}), nullptr},
+       a.y.data});
 }
 
 DropoutDraw dropout_forward(const DropoutForward& a, Generator& generator) {

@@ -16,6 +16,25 @@ struct Problem {
   std::int64_t size() const { return n * s * c; }
 };
 
+// Where dropout draws an element's 32 random bits, and what it makes of them.
+struct MaskDraw {
+  std::uint64_t threshold;  // dropped where the bits are below it; up to 2^32; 0: no dropout
+  double scale;             // of what is kept
+  std::uint64_t seed;
+  std::uint64_t offset;
+};
+
+// What follows the normalisation in the same pass: + residual, activation, dropout.
+struct Fusion {
+  const void* residual;  // like x, optional
+  Activation activation;
+  double negative_slope;
+  MaskDraw dropout;
+  // Optional: bit i tells whether the gradient passes the activation at element i. Written by
+  // forward, read by backward in place of what it would have to compute z from.
+  std::uint8_t* passes;
+};
+
 // Pointers to void are float or double, as the launcher's dtype says. Optional ones may be null.
 struct BatchNormForwardArgs {
   Problem problem;
@@ -23,8 +42,7 @@ struct BatchNormForwardArgs {
   const void* weight;
   const void* bias;
   double eps;
-  Activation activation;
-  double negative_slope;
+  Fusion fusion;
   void* y;
   double* mean;
   double* var;
@@ -39,10 +57,10 @@ struct BatchNormBackwardArgs {
   const void* bias;
   const double* mean;
   const double* inv_std;
-  Activation activation;
-  double negative_slope;
+  Fusion fusion;
   bool batch_statistics;
   void* grad_x;
+  void* grad_residual;
   void* grad_weight;
   void* grad_bias;
 };
@@ -55,18 +73,14 @@ struct BatchNormInferenceArgs {
   const void* weight;
   const void* bias;
   double eps;
-  Activation activation;
-  double negative_slope;
+  Fusion fusion;
   void* y;
 };
 
 struct DropoutArgs {
   std::int64_t size;
   const void* x;
-  std::uint64_t threshold;  // dropped where the 32 random bits are below it; up to 2^32
-  double scale;
-  std::uint64_t seed;
-  std::uint64_t offset;
+  MaskDraw draw;
   void* y;
 };
 

@@ -93,11 +93,12 @@ BNEXT_HD static inline X apply(const GradAffine<T>& f, X g, X x) {
 }
 
 // Epilogues: value(z) of the normalised z, and the gradient at z for the gradient g at value(z), of
-// scalars or vectors; linear: value(z) = z. NaN stays NaN.
+// scalars or vectors; linear: value(z) = z. NaN stays NaN. Gated: the gradient is g where
+// passes(z), and g leak(slope) elsewhere, so that one bit is enough to know it.
 namespace epilogue {
 namespace {
 struct none {
-  static constexpr bool linear = true;
+  static constexpr bool linear = true, gated = false;
   template <class X, class T>
   BNEXT_HD static X value(X z, T) {
     return z;
@@ -108,7 +109,7 @@ struct none {
   }
 };
 struct relu {
-  static constexpr bool linear = false;
+  static constexpr bool linear = false, gated = true;
   template <class X, class T>
   BNEXT_HD static X value(X z, T) {
     return z <= X{} ? X{} : z;
@@ -117,9 +118,17 @@ struct relu {
   BNEXT_HD static X gradient(X g, X z, T) {
     return z <= X{} ? X{} : g;
   }
+  template <class X>
+  BNEXT_HD static auto passes(X z) {
+    return z > X{};
+  }
+  template <class T>
+  BNEXT_HD static T leak(T) {
+    return 0;
+  }
 };
 struct leaky_relu {
-  static constexpr bool linear = false;
+  static constexpr bool linear = false, gated = true;
   template <class X, class T>
   BNEXT_HD static X value(X z, T slope) {
     return z > X{} ? z : z * slope;
@@ -127,6 +136,14 @@ struct leaky_relu {
   template <class X, class T>
   BNEXT_HD static X gradient(X g, X z, T slope) {
     return z > X{} ? g : g * slope;
+  }
+  template <class X>
+  BNEXT_HD static auto passes(X z) {
+    return z > X{};
+  }
+  template <class T>
+  BNEXT_HD static T leak(T slope) {
+    return slope;
   }
 };
 }  // namespace

@@ -3,11 +3,22 @@
 // processors that cannot run it.
 #pragma once
 
+#include "cpu/fusion.hpp"
 #include "cpu/launch.hpp"
 #include "cpu/simd.hpp"
 
 namespace bnext {
 namespace {
+
+// In place of an epilogue: whatever the fusion says, in stretches, where the others stay in
+// registers.
+struct staged {
+  static constexpr bool linear = true;  // what the loops read has been through it
+};
+template <class Epilogue>
+constexpr bool is_staged = false;
+template <>
+constexpr bool is_staged<staged> = true;
 
 // -- sums -----------------------------------------------------------------------------------------
 
@@ -114,13 +125,16 @@ struct GradientSums {
 template <class Epilogue, class T>
 BNEXT_INLINE Pack<double> through_epilogue(Pack<T> g, Pack<T> x, const Affine<Pack<T>>& f,
                                            T slope) {
-  if constexpr (Epilogue::linear) return widen(g);
-  using V = typename Native<T>::type;
-  return widen(each_vector(
-      [slope](V g_, V x_, V mean, V scale, V shift) __attribute__((always_inline)) {
-        return Epilogue::gradient(g_, apply(Affine<V>{mean, scale, shift}, x_), slope);
-      },
-      g, x, f.mean, f.scale, f.shift));
+  if constexpr (Epilogue::linear) {
+    return widen(g);
+  } else {
+    using V = typename Native<T>::type;
+    return widen(each_vector(
+        [slope](V g_, V x_, V mean, V scale, V shift) __attribute__((always_inline)) {
+          return Epilogue::gradient(g_, apply(Affine<V>{mean, scale, shift}, x_), slope);
+        },
+        g, x, f.mean, f.scale, f.shift));
+  }
 }
 
 // -- rows: some channels, in runs of contiguous values --------------------------------------------
@@ -256,9 +270,10 @@ void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, cons
 
 template <class T, class Epilogue>
 void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
-                const Affine<T>* forward, T slope, T* y) {
+                const Affine<T>* forward, const Fusion& fusion, T* y) {
   const Runs runs(grid, group, chunk);
   const NextTile next_tile(grid, group, chunk);
+  const T slope = static_cast<T>(fusion.negative_slope);
   SharedLine<T> shared;
   for (std::int64_t b = runs.blocks; b-- > 0;)
     for (std::int64_t c = 0; c < runs.channels; ++c) {
@@ -280,11 +295,41 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
     }
 }
 
+template <class T>
+void apply_rows_staged(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
+                       const Affine<T>* forward, const Fusion& fusion, T* y) {
+  const Runs runs(grid, group, chunk);
+  const NextTile next_tile(grid, group, chunk);
+  Stage<T> stage(fusion);
+  alignas(64) T z[stage_length];
+  SharedLine<T> shared;
+  for (std::int64_t b = runs.blocks; b-- > 0;)
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const Affine<T> f = forward[runs.first_channel + c];
+      const Next<T> next = next_tile.next(x, b, c);
+      const Ahead<T> ahead = within(grid, x + runs.offset(b, c), runs.length);
+      for (std::int64_t i = 0, count; i < runs.length; i += count) {
+        const std::int64_t offset = runs.offset(b, c) + i;
+        const T* from = x + offset;
+        count = stage_count(y + offset, runs.length - i);
+        ahead.fetch(from, count);
+        each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
+          at.write(apply(f, at(from)), z);
+        });
+        stage.forward(z, offset, count);
+        shared.continues = i + count == runs.length && runs.lines_continue<T>(c);
+        write_staged(z, y + offset, count, grid.streaming, &shared,
+                     [&](std::int64_t k, std::int64_t n) { next.fetch(i + k, n); });
+      }
+    }
+}
+
 template <class T, class Epilogue>
 void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                    const T* x, const double* mean, const Affine<T>* forward, T slope,
+                    const T* x, const double* mean, const Affine<T>* forward, const Fusion& fusion,
                     GradSums* partials) {
   const Runs runs(grid, group, chunk);
+  const T slope = static_cast<T>(fusion.negative_slope);
   mean += runs.first_channel;
   forward += runs.first_channel;
   GradientSums<T> channel_sums[Grid::max_group_channels];
@@ -324,11 +369,52 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
     partials[chunk * grid.problem.c + runs.first_channel + c] = channel_sums[c].sums(mean[c]);
 }
 
+template <class T>
+void grad_sums_rows_staged(const Grid& grid, std::int64_t group, std::int64_t chunk,
+                           const T* grad_y, const T* x, const double* mean,
+                           const Affine<T>* forward, const Fusion& fusion, GradSums* partials) {
+  const Runs runs(grid, group, chunk);
+  mean += runs.first_channel;
+  forward += runs.first_channel;
+  Stage<T> stage(fusion);
+  alignas(64) T g[stage_length];
+  GradientSums<T> channel_sums[Grid::max_group_channels];
+  for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
+  runs.each_some(grid.fetch_ahead, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
+    const Affine<T> f = forward[c];
+    GradientSums<T> s = channel_sums[c];
+    for (std::int64_t b = first; b < last; ++b) {
+      const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
+      for (std::int64_t i = 0; i < runs.length; i += stage_length) {
+        const std::int64_t count = runs.length - i < stage_length ? runs.length - i : stage_length;
+        const std::int64_t offset = runs.offset(b, c) + i, whole = count / lanes;
+        const T* values = x + offset;
+        ahead_g.fetch(grad_y + offset, count);
+        ahead_x.fetch(values, count);
+        __builtin_memcpy(g, grad_y + offset, static_cast<std::size_t>(count) * sizeof(T));
+        stage.backward(g, offset, count, [&](auto at) __attribute__((always_inline)) {
+          return apply(f, at(values));
+        });
+        s.add(values, 0, whole, [&](std::int64_t k) __attribute__((always_inline)) {
+          return load_wide(g + k * lanes);
+        });
+        if (const std::int64_t rest = count % lanes; rest > 0)
+          s.add(widen(load_first(g + whole * lanes, rest, T{0})),
+                widen(load_first(values + whole * lanes, rest, f.mean)));
+      }
+    }
+    channel_sums[c] = s;
+  });
+  for (std::int64_t c = 0; c < runs.channels; ++c)
+    partials[chunk * grid.problem.c + runs.first_channel + c] = channel_sums[c].sums(mean[c]);
+}
+
 template <class T, class Epilogue>
 void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                     const T* x, const Affine<T>* forward, const GradAffine<T>* backward, T slope,
-                     T* grad_x) {
+                     const T* x, const Affine<T>* forward, const GradAffine<T>* backward,
+                     const Fusion& fusion, T* grad_x, T*) {
   const Runs runs(grid, group, chunk);
+  const T slope = static_cast<T>(fusion.negative_slope);
   const NextTile next_tile(grid, group, chunk);
   SharedLine<T> shared;
   for (std::int64_t b = runs.blocks; b-- > 0;)
@@ -353,6 +439,45 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
             next_g.fetch(i, count);
             next_x.fetch(i, count);
           });
+    }
+}
+
+template <class T>
+void apply_grad_rows_staged(const Grid& grid, std::int64_t group, std::int64_t chunk,
+                            const T* grad_y, const T* x, const Affine<T>* forward,
+                            const GradAffine<T>* backward, const Fusion& fusion, T* grad_x,
+                            T* grad_residual) {
+  const Runs runs(grid, group, chunk);
+  const NextTile next_tile(grid, group, chunk);
+  Stage<T> stage(fusion);
+  alignas(64) T g[stage_length];
+  SharedLine<T> shared, shared_residual;
+  for (std::int64_t b = runs.blocks; b-- > 0;)
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const Affine<T> f = forward[runs.first_channel + c];
+      const GradAffine<T> k = backward[runs.first_channel + c];
+      const Next<T> next_g = next_tile.next(grad_y, b, c), next_x = next_tile.next(x, b, c);
+      for (std::int64_t i = 0, count; i < runs.length; i += count) {
+        const std::int64_t offset = runs.offset(b, c) + i;
+        const T* values = x + offset;
+        count = stage_count(grad_x + offset, runs.length - i);
+        __builtin_memcpy(g, grad_y + offset, static_cast<std::size_t>(count) * sizeof(T));
+        stage.backward(g, offset, count, [&](auto at) __attribute__((always_inline)) {
+          return apply(f, at(values));
+        });
+        shared.continues = i + count == runs.length && runs.lines_continue<T>(c);
+        if (grad_residual != nullptr)
+          write_staged(g, grad_residual + offset, count, false, &shared_residual,
+                       [](std::int64_t, std::int64_t) {});
+        write<1>(
+            grad_x + offset, 0, count, grid.streaming, &shared, [&](auto) { return k; },
+            [&](const auto& affine, auto at, int)
+                __attribute__((always_inline)) { return apply(affine, at(g), at(values)); },
+            [&](std::int64_t n, std::int64_t length) {
+              next_g.fetch(i + n, length);
+              next_x.fetch(i + n, length);
+            });
+      }
     }
 }
 
@@ -590,9 +715,10 @@ BNEXT_INLINE void for_each_rows_backwards(const Grid& grid, const Columns& colum
 
 template <class T, class Epilogue>
 void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
-                   const Affine<T>* forward, T slope, T* y) {
+                   const Affine<T>* forward, const Fusion& fusion, T* y) {
   const Columns columns(grid, group);
   const ColumnAffine<T> f(grid, columns, forward);
+  const T slope = static_cast<T>(fusion.negative_slope);
   for_each_rows_backwards<T>(
       grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
         const std::int64_t offset = r * grid.width + columns.first;
@@ -605,6 +731,26 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
             },
             [](std::int64_t, std::int64_t) {});
       });
+}
+
+template <class T>
+void apply_columns_staged(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
+                          const Affine<T>* forward, const Fusion& fusion, T* y) {
+  const Columns columns(grid, group);
+  const ColumnAffine<T> f(grid, columns, forward);
+  Stage<T> stage(fusion);
+  alignas(64) T z[max_columns];
+  for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
+    const std::int64_t offset = r * grid.width + columns.first;
+    const std::int64_t width = row_width(grid, columns, r);
+    const T* from = x + offset;
+    each_place<T>(0, width, [&](auto at) __attribute__((always_inline)) {
+      at.write(apply(f.at(at), at(from)), z);
+    });
+    stage.forward(z, offset, width);
+    write_staged(z, y + offset, width, grid.streaming, no_shared_line<T>,
+                 [](std::int64_t, std::int64_t) {});
+  }
 }
 
 // Rows [0, count) of sixteen columns of gradients and values, added to the columns' sums.
@@ -620,11 +766,28 @@ BNEXT_INLINE void add_grad_columns(std::int64_t count, const double* mean, ReadG
   store(sums.even, products);
 }
 
+// Gradients of some rows, staged.
+template <class T, bool needed>
+struct StagedRows {
+  alignas(64) T values[row_block][max_columns];
+};
+template <class T>
+struct StagedRows<T, false> {};
+
+// The gradients g of a row of columns, at the normalised values of x.
+template <class T>
+BNEXT_INLINE void stage_backward(Stage<T>& stage, T* g, std::int64_t first, std::int64_t count,
+                                 const ColumnAffine<T>& f, const T* x) {
+  stage.backward(g, first, count,
+                 [&](auto at) __attribute__((always_inline)) { return apply(f.at(at), at(x)); });
+}
+
 template <class T, class Epilogue>
 void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                       const T* x, const double* mean, const Affine<T>* forward, T slope,
-                       GradSums* partials) {
+                       const T* x, const double* mean, const Affine<T>* forward,
+                       const Fusion& fusion, GradSums* partials) {
   const Columns columns(grid, group);
+  const T slope = static_cast<T>(fusion.negative_slope);
   double center[max_columns], total[max_columns], products[max_columns],
       sums_g[Grid::max_group_width], sums_gx[Grid::max_group_width];
   mean += columns.first_channel;
@@ -632,23 +795,38 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     spread(grid, columns, center, [&](std::int64_t c) { return mean[c]; });
   const ColumnAffine<T> f(grid, columns, forward);
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
+  StagedRows<T, is_staged<Epilogue>> staged_rows;
+  [[maybe_unused]] Stage<T> stage(fusion);
 
   for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
-    const T* g = grad_y + r * grid.width + columns.first;
     const T* values = x + r * grid.width + columns.first;
+    const T* g = grad_y + r * grid.width + columns.first;
+    std::int64_t g_stride = grid.width;
+    if constexpr (is_staged<Epilogue>) {
+      for (std::int64_t k = 0; k < count; ++k) {
+        T* const row = staged_rows.values[k];
+        __builtin_memcpy(row, g + k * grid.width, static_cast<std::size_t>(width) * sizeof(T));
+        stage_backward(stage, row, (r + k) * grid.width + columns.first, width, f,
+                       values + k * grid.width);
+      }
+      g = staged_rows.values[0];
+      g_stride = max_columns;
+    }
     std::int64_t w = 0;
     const auto read_x = [&](std::int64_t k) __attribute__((always_inline)) {
       return load_wide(values + k * grid.width + w);
     };
     const auto read_g = [&](std::int64_t k) __attribute__((always_inline)) {
-      const T* from = g + k * grid.width + w;
-      if constexpr (Epilogue::linear) return load_wide(from);
-      return through_epilogue<Epilogue>(load(from), load(values + k * grid.width + w), f.packs(w),
-                                        slope);
+      const T* from = g + k * g_stride + w;
+      if constexpr (Epilogue::linear)
+        return load_wide(from);
+      else
+        return through_epilogue<Epilogue>(load(from), load(values + k * grid.width + w), f.packs(w),
+                                          slope);
     };
     for (; w + lanes <= width; w += lanes) {
       if (grid.fetch_rows) {
-        fetch(g + count * (width + w), count * lanes);
+        fetch(grad_y + r * grid.width + count * (width + w), count * lanes);
         fetch(values + count * (width + w), count * lanes);
       }
       if (count == row_block)
@@ -663,7 +841,7 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     add_grad_columns<T>(
         count, center + w,
         [&](std::int64_t k) {
-          const Pack<T> rest_g = load_first(g + k * grid.width + w, width - w, T{0});
+          const Pack<T> rest_g = load_first(g + k * g_stride + w, width - w, T{0});
           return through_epilogue<Epilogue>(rest_g, rest_x(k), f.packs(w), slope);
         },
         [&](std::int64_t k) { return widen(rest_x(k)); }, total + w, products + w);
@@ -678,8 +856,9 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
 template <class T, class Epilogue>
 void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
                         const T* x, const Affine<T>* forward, const GradAffine<T>* backward,
-                        T slope, T* grad_x) {
+                        const Fusion& fusion, T* grad_x, T*) {
   const Columns columns(grid, group);
+  const T slope = static_cast<T>(fusion.negative_slope);
   const ColumnAffine<T> f(grid, columns, forward);
   const ColumnGradAffine<T> k(grid, columns, backward);
   for_each_rows_backwards<T>(
@@ -700,6 +879,33 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
       });
 }
 
+template <class T>
+void apply_grad_columns_staged(const Grid& grid, std::int64_t group, std::int64_t chunk,
+                               const T* grad_y, const T* x, const Affine<T>* forward,
+                               const GradAffine<T>* backward, const Fusion& fusion, T* grad_x,
+                               T* grad_residual) {
+  const Columns columns(grid, group);
+  const ColumnAffine<T> f(grid, columns, forward);
+  const ColumnGradAffine<T> k(grid, columns, backward);
+  Stage<T> stage(fusion);
+  alignas(64) T g[max_columns];
+  for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
+    const std::int64_t offset = r * grid.width + columns.first;
+    const std::int64_t width = row_width(grid, columns, r);
+    __builtin_memcpy(g, grad_y + offset, static_cast<std::size_t>(width) * sizeof(T));
+    stage_backward(stage, g, offset, width, f, x + offset);
+    if (grad_residual != nullptr)
+      write_staged(g, grad_residual + offset, width, grid.streaming, no_shared_line<T>,
+                   [](std::int64_t, std::int64_t) {});
+    write<1>(
+        grad_x + offset, 0, width, grid.streaming, no_shared_line<T>,
+        [&](auto at) __attribute__((always_inline)) { return k.at(at); },
+        [&](const auto& affine, auto at, int)
+            __attribute__((always_inline)) { return apply(affine, at(g), at(x + offset)); },
+        [](std::int64_t, std::int64_t) {});
+  }
+}
+
 // -- the choice between the two -------------------------------------------------------------------
 
 template <class T>
@@ -710,28 +916,39 @@ void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* 
 
 template <class T, class Epilogue>
 void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
-           const Affine<T>* forward, T slope, T* y) {
-  (grid.columns ? apply_columns<T, Epilogue> : apply_rows<T, Epilogue>)(grid, group, chunk, x,
-                                                                        forward, slope, y);
+           const Affine<T>* forward, const Fusion& fusion, T* y) {
+  if constexpr (is_staged<Epilogue>)
+    (grid.columns ? apply_columns_staged<T> : apply_rows_staged<T>)(grid, group, chunk, x, forward,
+                                                                    fusion, y);
+  else
+    (grid.columns ? apply_columns<T, Epilogue> : apply_rows<T, Epilogue>)(grid, group, chunk, x,
+                                                                          forward, fusion, y);
 }
 
 template <class T, class Epilogue>
 void grad_sums(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-               const T* x, const double* mean, const Affine<T>* forward, T slope,
+               const T* x, const double* mean, const Affine<T>* forward, const Fusion& fusion,
                GradSums* partials) {
   if (grid.columns)
-    grad_sums_columns<T, Epilogue>(grid, group, chunk, grad_y, x, mean, forward, slope, partials);
+    grad_sums_columns<T, Epilogue>(grid, group, chunk, grad_y, x, mean, forward, fusion, partials);
+  else if constexpr (is_staged<Epilogue>)
+    grad_sums_rows_staged<T>(grid, group, chunk, grad_y, x, mean, forward, fusion, partials);
   else
-    grad_sums_rows<T, Epilogue>(grid, group, chunk, grad_y, x, mean, forward, slope, partials);
+    grad_sums_rows<T, Epilogue>(grid, group, chunk, grad_y, x, mean, forward, fusion, partials);
 }
 
 template <class T, class Epilogue>
 void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                const T* x, const Affine<T>* forward, const GradAffine<T>* backward, T slope,
-                T* grad_x) {
-  (grid.columns ? apply_grad_columns<T, Epilogue>
-                : apply_grad_rows<T, Epilogue>)(grid, group, chunk, grad_y, x, forward, backward,
-                                                slope, grad_x);
+                const T* x, const Affine<T>* forward, const GradAffine<T>* backward,
+                const Fusion& fusion, T* grad_x, T* grad_residual) {
+  if constexpr (is_staged<Epilogue>)
+    (grid.columns ? apply_grad_columns_staged<T>
+                  : apply_grad_rows_staged<T>)(grid, group, chunk, grad_y, x, forward, backward,
+                                               fusion, grad_x, grad_residual);
+  else
+    (grid.columns ? apply_grad_columns<T, Epilogue>
+                  : apply_grad_rows<T, Epilogue>)(grid, group, chunk, grad_y, x, forward, backward,
+                                                  fusion, grad_x, grad_residual);
 }
 
 }  // namespace

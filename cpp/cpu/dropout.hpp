@@ -95,48 +95,68 @@ BNEXT_INLINE bool span_bits(const PhiloxKeys& keys, std::uint64_t offset, std::i
   return all != 0;
 }
 
-// Elements whose 16 bits equal the upper half of the threshold: the second draw decides.
-template <class T>
-void settle_ties(const DropoutArgs& a, std::int64_t begin, std::int64_t count,
-                 const std::int32_t* bits, T* y) {
-  const auto high = static_cast<std::int32_t>(a.threshold >> 16);
-  const auto low = static_cast<std::uint32_t>(a.threshold & 0xFFFFu);
-  for (std::int64_t e = 0; e < count; ++e)
-    if (bits[e] == high &&
-        mask_half(a.seed, a.offset, static_cast<std::uint64_t>(begin + e), true) < low)
-      y[begin + e] = 0;
-}
+// Whether elements are dropped, some spans at a time.
+class MaskBits {
+ public:
+  static constexpr std::int64_t batch = spans_at_once * MaskLayout::span;
+
+  explicit MaskBits(const MaskDraw& draw)
+      : high(static_cast<std::int32_t>(draw.threshold >> 16)), draw_(draw), keys_(draw.seed) {}
+
+  // An element is dropped where its 16 bits are below this, up to 2^16.
+  const std::int32_t high;
+
+  // The bits of the batch that `element` is in.
+  BNEXT_INLINE const std::int32_t* of(std::int64_t element) {
+    const std::int64_t number = element / batch;
+    if (number != number_) make(number);
+    return bits_;
+  }
+
+ private:
+  BNEXT_INLINE void make(std::int64_t number) {
+    number_ = number;
+    if (!span_bits(keys_, draw_.offset, number * spans_at_once, static_cast<std::uint16_t>(high),
+                   bits_))
+      return;
+    // Where the 16 bits equal the upper half of the threshold, the second draw decides.
+    const auto low = static_cast<std::uint32_t>(draw_.threshold & 0xFFFFu);
+    if (low == 0) return;
+    for (std::int64_t e = 0; e < batch; ++e)
+      if (bits_[e] == high && mask_half(draw_.seed, draw_.offset,
+                                        static_cast<std::uint64_t>(number * batch + e), true) < low)
+        bits_[e] = high - 1;
+  }
+
+  MaskDraw draw_;
+  PhiloxKeys keys_;
+  std::int64_t number_ = -1;
+  alignas(64) std::int32_t bits_[batch + lanes];  // room for a whole vector at the end
+};
 
 template <class T>
 void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
              bool streaming) {
-  constexpr std::int64_t batch = spans_at_once * MaskLayout::span;
   const auto* x = static_cast<const T*>(a.x);
   auto* y = static_cast<T*>(a.y);
-  const auto scale = static_cast<T>(a.scale);
-  const auto high = static_cast<std::int32_t>(a.threshold >> 16);  // up to 2^16
-  const bool ties_matter = (a.threshold & 0xFFFFu) != 0;
+  const auto scale = static_cast<T>(a.draw.scale);
   const std::int64_t end =
       last_span * MaskLayout::span < a.size ? last_span * MaskLayout::span : a.size;
-
-  const PhiloxKeys keys(a.seed);
+  MaskBits mask(a.draw);
   // Elements are asked for in bursts, between which the processor alone would not fetch any.
   const Ahead<T> ahead{x + a.size, x};
 
-  alignas(64) std::int32_t bits[batch + vector_length<T>];  // room for a whole vector at the end
-  for (std::int64_t span = first_span; span < last_span; span += spans_at_once) {
-    const bool ties = span_bits(keys, a.offset, span, static_cast<std::uint16_t>(high), bits);
-    const std::int64_t begin = span * MaskLayout::span;
-    const std::int64_t count = end - begin < batch ? end - begin : batch;
+  for (std::int64_t begin = first_span * MaskLayout::span; begin < end; begin += MaskBits::batch) {
+    const std::int64_t count = end - begin < MaskBits::batch ? end - begin : MaskBits::batch;
+    const std::int32_t* const bits = mask.of(begin);
     const T* from = x + begin;
     write<1>(
         y + begin, 0, count, streaming, no_shared_line<T>, [](auto) { return 0; },
         [&](int, auto at, int) __attribute__((always_inline)) {
           const auto kept = at(from) * scale;
-          return load_integers<T>(bits + at.i) < high ? decltype(kept){} : kept;
+          return load_integers<T>(bits + at.i) < mask.high ? decltype(kept){} : kept;
         },
         [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
-    if (ties && ties_matter) settle_ties(a, begin, count, bits, y);
   }
 }
 

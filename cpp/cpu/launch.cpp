@@ -51,6 +51,18 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
   return array != nullptr ? static_cast<double>(static_cast<const T*>(array)[c]) : otherwise;
 }
 
+int path_of(const Fusion& f, bool grad_residual = false) {
+  const auto path = [&] {
+    if (f.residual != nullptr || f.dropout.threshold > 0 || f.passes != nullptr || grad_residual)
+      return Path::staged;
+    if (f.activation == Activation::none) return Path::none;
+    if (f.activation == Activation::relu) return Path::relu;
+    if (f.activation == Activation::leaky_relu) return Path::leaky_relu;
+    return Path::staged;
+  };
+  return static_cast<int>(path());
+}
+
 // reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk).
 // The order of the sums is in the grid; this only chooses who does what when.
 template <class Reduce, class Finish, class Apply>
@@ -92,8 +104,7 @@ void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
   auto* forward = workspace.take<Affine<T>>(channels);
   const auto* x = static_cast<const T*>(a.x);
   auto* y = static_cast<T*>(a.y);
-  const auto apply = kernels.apply[static_cast<int>(a.activation)];
-  const auto slope = static_cast<T>(a.negative_slope);
+  const auto apply = kernels.apply[path_of(a.fusion)];
 
   reduce_then_apply(
       grid,
@@ -111,7 +122,7 @@ void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
                                       value_or<T>(a.bias, c, 0));
       },
       [&](std::int64_t group, std::int64_t chunk) {
-        apply(grid, group, chunk, x, forward, slope, y);
+        apply(grid, group, chunk, x, forward, a.fusion, y);
       });
 }
 
@@ -128,9 +139,10 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
   const auto* grad_y = static_cast<const T*>(a.grad_y);
   const auto* x = static_cast<const T*>(a.x);
   auto* grad_x = static_cast<T*>(a.grad_x);
-  const auto grad_sums = kernels.grad_sums[static_cast<int>(a.activation)];
-  const auto apply_grad = kernels.apply_grad[static_cast<int>(a.activation)];
-  const auto slope = static_cast<T>(a.negative_slope);
+  auto* grad_residual = static_cast<T*>(a.grad_residual);
+  const int path = path_of(a.fusion, grad_residual != nullptr);
+  const auto grad_sums = kernels.grad_sums[path];
+  const auto apply_grad = kernels.apply_grad[path];
   const auto count = static_cast<double>(a.problem.per_channel());
 
   for (std::int64_t c = 0; c < channels; ++c)
@@ -140,7 +152,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
   reduce_then_apply(
       grid,
       [&](std::int64_t group, std::int64_t chunk) {
-        grad_sums(grid, group, chunk, grad_y, x, a.mean, forward, slope, partials);
+        grad_sums(grid, group, chunk, grad_y, x, a.mean, forward, a.fusion, partials);
       },
       [&](std::int64_t c) {
         GradSums total{0, 0};
@@ -157,7 +169,8 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
                                             total.g * share, sum_gn * share);
       },
       [&](std::int64_t group, std::int64_t chunk) {
-        apply_grad(grid, group, chunk, grad_y, x, forward, backward, slope, grad_x);
+        apply_grad(grid, group, chunk, grad_y, x, forward, backward, a.fusion, grad_x,
+                   grad_residual);
       });
 }
 
@@ -171,8 +184,7 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
     forward[c] = normalisation<T>(static_cast<const T*>(a.mean)[c],
                                   1 / std::sqrt(value_or<T>(a.var, c, 0) + a.eps),
                                   value_or<T>(a.weight, c, 1), value_or<T>(a.bias, c, 0));
-  const auto apply = kernels.apply[static_cast<int>(a.activation)];
-  const auto slope = static_cast<T>(a.negative_slope);
+  const auto apply = kernels.apply[path_of(a.fusion)];
   // One pass, in the order of memory: no sums to make, so the tiles can be what suits the threads.
   grid.fetch_next = false;
   constexpr std::int64_t enough = 4;
@@ -181,8 +193,8 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
   else if (grid.chunks < enough)
     grid.cut((grid.rows + enough - 1) / enough);
   parallel_for(grid.groups * grid.chunks, a.problem.size(), [&](std::int64_t tile) {
-    apply(grid, tile % grid.groups, tile / grid.groups, static_cast<const T*>(a.x), forward, slope,
-          static_cast<T*>(a.y));
+    apply(grid, tile % grid.groups, tile / grid.groups, static_cast<const T*>(a.x), forward,
+          a.fusion, static_cast<T*>(a.y));
   });
 }
 

@@ -14,25 +14,28 @@ struct GradSums {
   double g, gx;
 };
 
-#define BNEXT_COUNT(...) +1
-constexpr int epilogue_count = 0 BNEXT_EPILOGUES(BNEXT_COUNT);
-#undef BNEXT_COUNT
+// How a fusion is computed: what needs no more than a vector of values stays in registers, the rest
+// goes in stretches.
+enum class Path { none, relu, leaky_relu, staged };
+constexpr int path_count = 4;
 
 // Serial loops over one tile; T is float or double. Arrays per channel start at channel 0, and
 // partials[chunk * grid.problem.c + channel] is the place of a tile's sums. `forward` recomputes
-// the normalised value where the derivative of an epilogue needs it.
+// the normalised value where the gradient of an epilogue needs it.
 template <class T>
 struct Kernels {
   void (*moments)(const Grid&, std::int64_t group, std::int64_t chunk, const T* x,
                   Moments* partials);
-  void (*apply[epilogue_count])(const Grid&, std::int64_t group, std::int64_t chunk, const T* x,
-                                const Affine<T>* forward, T negative_slope, T* y);
-  void (*grad_sums[epilogue_count])(const Grid&, std::int64_t group, std::int64_t chunk,
-                                    const T* grad_y, const T* x, const double* mean,
-                                    const Affine<T>* forward, T negative_slope, GradSums* partials);
-  void (*apply_grad[epilogue_count])(const Grid&, std::int64_t group, std::int64_t chunk,
-                                     const T* grad_y, const T* x, const Affine<T>* forward,
-                                     const GradAffine<T>* backward, T negative_slope, T* grad_x);
+  void (*apply[path_count])(const Grid&, std::int64_t group, std::int64_t chunk, const T* x,
+                            const Affine<T>* forward, const Fusion&, T* y);
+  void (*grad_sums[path_count])(const Grid&, std::int64_t group, std::int64_t chunk,
+                                const T* grad_y, const T* x, const double* mean,
+                                const Affine<T>* forward, const Fusion&, GradSums* partials);
+  // grad_residual is optional.
+  void (*apply_grad[path_count])(const Grid&, std::int64_t group, std::int64_t chunk,
+                                 const T* grad_y, const T* x, const Affine<T>* forward,
+                                 const GradAffine<T>* backward, const Fusion&, T* grad_x,
+                                 T* grad_residual);
   // Spans [first, last) of MaskLayout::span elements.
   void (*dropout)(const DropoutArgs&, std::int64_t first, std::int64_t last, bool streaming);
 };

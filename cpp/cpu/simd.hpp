@@ -119,6 +119,14 @@ BNEXT_INLINE double sum_vector(f64v v) {
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 }
+// One bit for each lane of the result of a comparison.
+template <class V>
+BNEXT_INLINE unsigned mask_of_lanes(V v) {
+  if constexpr (sizeof v[0] == 4)
+    return _mm512_movepi32_mask((__m512i)v);
+  else
+    return _mm512_movepi64_mask((__m512i)v);
+}
 // The low halves of a in the even 32-bit lanes, those of b in the odd ones.
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)_mm512_mask_shuffle_epi32((__m512i)a, 0xAAAA, (__m512i)b, _MM_PERM_CCAA);
@@ -157,6 +165,13 @@ BNEXT_INLINE double sum_vector(f64v v) {
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 }
+template <class V>
+BNEXT_INLINE unsigned mask_of_lanes(V v) {
+  if constexpr (sizeof v[0] == 4)
+    return static_cast<unsigned>(_mm256_movemask_ps((__m256)v));
+  else
+    return static_cast<unsigned>(_mm256_movemask_pd((__m256d)v));
+}
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)_mm256_blend_epi32((__m256i)a, (__m256i)(b << 32), 0xAA);
 }
@@ -182,6 +197,13 @@ BNEXT_INLINE double sum_vector(f64v v) {
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (u64v)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 }
+template <class V>
+BNEXT_INLINE unsigned mask_of_lanes(V v) {
+  if constexpr (sizeof v[0] == 4)
+    return static_cast<unsigned>(_mm_movemask_ps((__m128)v));
+  else
+    return static_cast<unsigned>(_mm_movemask_pd((__m128d)v));
+}
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
 }
@@ -206,6 +228,13 @@ BNEXT_INLINE double sum_vector(f64v v) {
 }
 BNEXT_INLINE u64v multiply_low(u64v a, std::uint32_t b) {
   return (a & 0xFFFFFFFFu) * std::uint64_t{b};
+}
+template <class V>
+BNEXT_INLINE unsigned mask_of_lanes(V v) {
+  unsigned mask = 0;
+  for (std::int64_t l = 0; l < static_cast<std::int64_t>(sizeof v / sizeof v[0]); ++l)
+    mask |= (v[l] != 0 ? 1u : 0u) << l;
+  return mask;
 }
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
@@ -421,6 +450,15 @@ struct Next {
 
 // -- writing results ------------------------------------------------------------------------------
 
+// Lanes that a vector of T would have, compared: true where the bit of a lane is set.
+template <class T>
+BNEXT_INLINE auto lanes_of_mask(std::uint32_t mask) {
+  using Lanes = decltype(load_integers<T>(nullptr));
+  Lanes bits{};
+  for (std::int64_t l = 0; l < vector_length<T>; ++l) bits[l] = 1 << l;
+  return (bits & static_cast<int>(mask & 0xFFFFu)) != 0;
+}
+
 // A place in a row: a vector of elements, or the first few of one where the row begins or ends.
 // Calling it with an array over the row reads what lies there.
 template <class T>
@@ -531,6 +569,15 @@ BNEXT_INLINE void write(T* __restrict to, std::int64_t stride, std::int64_t leng
     if (i < length) fetch(i, length - i);
   }
   write_range(i, length, to);
+}
+
+// `count` values that were computed at `staged`, to where they belong.
+template <class T, class Fetch>
+BNEXT_INLINE void write_staged(const T* staged, T* to, std::int64_t count, bool streaming,
+                               SharedLine<T>* shared, Fetch fetch) {
+  write<1>(
+      to, 0, count, streaming, shared, [](auto) { return 0; },
+      [&](int, auto at, int) __attribute__((always_inline)) { return at(staged); }, fetch);
 }
 
 }  // namespace

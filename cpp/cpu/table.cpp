@@ -14,14 +14,15 @@ namespace {
 
 template <class T>
 struct Table {
-#define BNEXT_ENTRY(name) apply<T, epilogue::name>,
-#define BNEXT_SUMS_ENTRY(name) grad_sums<T, epilogue::name>,
-#define BNEXT_GRAD_ENTRY(name) apply_grad<T, epilogue::name>,
-  static constexpr Kernels<T> kernels{moments<T>,
-                                      {BNEXT_EPILOGUES(BNEXT_ENTRY)},
-                                      {BNEXT_EPILOGUES(BNEXT_SUMS_ENTRY)},
-                                      {BNEXT_EPILOGUES(BNEXT_GRAD_ENTRY)},
-                                      dropout<T>};
+  using none = epilogue::none;
+  using relu = epilogue::relu;
+  using leaky_relu = epilogue::leaky_relu;
+  static constexpr Kernels<T> kernels{
+      moments<T>,
+      {apply<T, none>, apply<T, relu>, apply<T, leaky_relu>, apply<T, staged>},
+      {grad_sums<T, none>, grad_sums<T, relu>, grad_sums<T, leaky_relu>, grad_sums<T, staged>},
+      {apply_grad<T, none>, apply_grad<T, relu>, apply_grad<T, leaky_relu>, apply_grad<T, staged>},
+      dropout<T>};
 };
 
 template <class T, class Args>

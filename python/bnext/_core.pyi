@@ -31,6 +31,8 @@ class BatchNormSaved:
     def inv_std(self) -> _Array: ...
     @property
     def count(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 class BatchNormGrads:
     @property
@@ -39,6 +41,8 @@ class BatchNormGrads:
     def weight(self) -> _Array | None: ...
     @property
     def bias(self) -> _Array | None: ...
+    @property
+    def residual(self) -> _Array | None: ...
 
 class DropoutSaved:
     @property
@@ -55,8 +59,11 @@ def batch_norm_forward(
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
+    residual: npt.ArrayLike | None = None,
     activation: _Activation = None,
     negative_slope: float = 0.01,
+    dropout: float = 0.0,
+    generator: Generator | None = None,
     out: _Array | None = None,
 ) -> tuple[_Array, BatchNormSaved]: ...
 def batch_norm_backward(
@@ -71,6 +78,7 @@ def batch_norm_inference(
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
+    residual: npt.ArrayLike | None = None,
     activation: _Activation = None,
     negative_slope: float = 0.01,
     out: _Array | None = None,

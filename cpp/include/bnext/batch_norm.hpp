@@ -12,6 +12,7 @@
 // Results do not depend on the number of threads, nor on the instruction set.
 #pragma once
 
+#include <bnext/dropout.hpp>
 #include <bnext/types.hpp>
 
 namespace bnext {
@@ -23,7 +24,12 @@ enum class Activation {
 #undef BNEXT_ENUMERATOR
 };
 
-// y = activation(weight n + bias), with the biased variance of this batch.
+// Whether the gradient of an activation follows from one bit an element (relu, leaky_relu).
+bool is_gated(Activation activation);
+// Bytes that `passes` needs for so many elements.
+std::int64_t passes_bytes(std::int64_t size);
+
+// y = dropout(activation(weight n + bias + residual)), with the biased variance of this batch.
 // Raises if a channel has one value only (m = 1). An empty x (m = 0) gives an empty y and
 // statistics that are NaN.
 struct BatchNormForward {
@@ -32,17 +38,26 @@ struct BatchNormForward {
   Array bias;    // optional: 0
   double eps = 1e-5;
   int channel_axis = 1;
+  Array residual;  // optional, like x: 0
   Activation activation = Activation::none;
   double negative_slope = 0.01;
+  double dropout = 0;  // probability in [0, 1] of a zero, as for dropout_forward
+  DropoutDraw draw;    // which random numbers dropout takes
+  // Out, optional, passes_bytes(x.size()) bytes, for gated activations: bit i tells whether the
+  // gradient passes at element i. With it, backward does not need the residual.
+  std::uint8_t* passes = nullptr;
   Array y;        // out, like x
   Array mean;     // out, (C,) float64
   Array var;      // out, (C,) float64: sum (x - mean)^2 / m
   Array inv_std;  // out, (C,) float64: r
 };
 void batch_norm_forward(const BatchNormForward& args);
+// With a dropout that takes the generator's next offset, and not args.draw, and says which it was.
+DropoutDraw batch_norm_forward(const BatchNormForward& args, Generator& generator);
 
-// With g = grad_y * activation'(weight n + bias), and <.> the mean over a channel:
-//   grad_bias = sum g,  grad_weight = sum g n,
+// With g = dropout(grad_y) activation'(weight n + bias + residual), and <.> the mean over a
+// channel:
+//   grad_residual = g,  grad_bias = sum g,  grad_weight = sum g n,
 //   grad_x = weight r (g - <g> - n <g n>)   (batch_statistics)
 //   grad_x = weight r g                      (otherwise: mean and inv_std were constants)
 struct BatchNormBackward {
@@ -53,16 +68,21 @@ struct BatchNormBackward {
   Array mean;     // from forward
   Array inv_std;  // from forward
   int channel_axis = 1;
+  Array residual;  // as in forward; not needed with `passes`, nor without an activation
   Activation activation = Activation::none;
   double negative_slope = 0.01;
+  double dropout = 0;                    // as in forward
+  DropoutDraw draw;                      // as in forward
+  const std::uint8_t* passes = nullptr;  // from forward
   bool batch_statistics = true;
-  Array grad_x;       // out, like x
-  Array grad_weight;  // out, (C,), optional
-  Array grad_bias;    // out, (C,), optional
+  Array grad_x;         // out, like x
+  Array grad_residual;  // out, like x, optional
+  Array grad_weight;    // out, (C,), optional
+  Array grad_bias;      // out, (C,), optional
 };
 void batch_norm_backward(const BatchNormBackward& args);
 
-// y = activation((x - mean) / sqrt(var + eps) weight + bias), with given statistics.
+// y = activation((x - mean) / sqrt(var + eps) weight + bias + residual), with given statistics.
 struct BatchNormInference {
   Array x;
   Array mean;    // (C,), dtype of x
@@ -71,6 +91,7 @@ struct BatchNormInference {
   Array bias;    // optional: 0
   double eps = 1e-5;
   int channel_axis = 1;
+  Array residual;  // optional, like x: 0
   Activation activation = Activation::none;
   double negative_slope = 0.01;
   Array y;  // out, like x
