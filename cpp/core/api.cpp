@@ -129,7 +129,8 @@ DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
        optional(a.weight),
        optional(a.bias),
        a.eps,
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw), a.passes},
+       {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw), a.passes,
+        nullptr},
        a.y.data,
        static_cast<double*>(a.mean.data),
        static_cast<double*>(a.var.data),
@@ -186,7 +187,7 @@ void batch_norm_backward(const BatchNormBackward& a) {
        static_cast<const double*>(a.mean.data),
        static_cast<const double*>(a.inv_std.data),
        {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
-        const_cast<std::uint8_t*>(a.passes)},
+        const_cast<std::uint8_t*>(a.passes), nullptr},
        a.batch_statistics,
        a.grad_x.data,
        a.grad_residual.given ? a.grad_residual.data : nullptr,
@@ -222,7 +223,7 @@ void batch_norm_inference(const BatchNormInference& a) {
        optional(a.weight),
        optional(a.bias),
        a.eps,
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(0, {}), nullptr},
+       {optional(a.residual), a.activation, a.negative_slope, mask_draw(0, {}), nullptr, nullptr},
        a.y.data});
 }
 

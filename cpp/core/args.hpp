@@ -33,6 +33,10 @@ struct Fusion {
   // Optional: bit i tells whether the gradient passes the activation at element i. Written by
   // forward, read by backward in place of what it would have to compute z from.
   std::uint8_t* passes;
+  // Backward of dropout after an activation that passes a gradient whole or not at all: bit i tells
+  // whether it gets through both at element i. Zero before; the sums write it, so that the second
+  // pass need not draw again.
+  std::uint8_t* gate;
 };
 
 // Pointers to void are float or double, as the launcher's dtype says. Optional ones may be null.

@@ -161,8 +161,7 @@ struct Runs {
   // channels before it goes on to the next samples: few streams of memory, and few times that the
   // sums of a channel are taken up and put down.
   template <class Body>
-  BNEXT_INLINE void each_some(bool from_memory, Body body) const {
-    const std::int64_t some = from_memory ? 4 : 16;
+  BNEXT_INLINE void each_some(std::int64_t some, Body body) const {
     for (std::int64_t b = 0; b < blocks; b += some)
       for (std::int64_t c = 0; c < channels; ++c) body(b, b + some < blocks ? b + some : blocks, c);
   }
@@ -177,6 +176,13 @@ struct Runs {
     if (!grid.fetch_ahead) return {nullptr, nullptr};
     const T* end = x + offset(block, channels - 1) + length;
     return {end, block + 1 < blocks ? x + offset(block + 1, 0) : end};
+  }
+  // The same going backwards, for an array that may be none.
+  template <class T>
+  Ahead<T> ahead_backwards(const T* x, std::int64_t block) const {
+    if (x == nullptr) return {nullptr, nullptr};
+    const T* end = x + offset(block, channels - 1) + length;
+    return {end, block > 0 ? x + offset(block - 1, 0) : end};
   }
 
  private:
@@ -221,25 +227,26 @@ void shifted_sums_rows(const Grid& grid, const Runs& runs, const T* x, const dou
   MomentSums<T, centered> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c)
     channel_sums[c] = MomentSums<T, centered>(centered ? center[c] : 0);
-  runs.each_some(grid.fetch_ahead, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
-    MomentSums<T, centered> s = channel_sums[c];
-    for (std::int64_t b = first; b < last; ++b) {
-      const T* run = x + runs.offset(b, c);
-      const Ahead<T> ahead = runs.ahead(grid, x, b);
-      std::int64_t i = 0;
-      for (; grid.fetch_ahead && i + stretch <= runs.length; i += stretch) {
-        ahead.fetch(run + i, stretch);
-        s.add(run + i, stretch / lanes);
-      }
-      const std::int64_t count = runs.length - i, rest = count % lanes;
-      ahead.fetch(run + i, count);
-      s.add(run + i, count / lanes);
-      if (rest > 0)
-        s.add(widen(
-            load_first(run + runs.length - rest, rest, static_cast<T>(centered ? center[c] : 0))));
-    }
-    channel_sums[c] = s;
-  });
+  runs.each_some(grid.fetch_ahead ? 4 : 16,
+                 [&](std::int64_t first, std::int64_t last, std::int64_t c) {
+                   MomentSums<T, centered> s = channel_sums[c];
+                   for (std::int64_t b = first; b < last; ++b) {
+                     const T* run = x + runs.offset(b, c);
+                     const Ahead<T> ahead = runs.ahead(grid, x, b);
+                     std::int64_t i = 0;
+                     for (; grid.fetch_ahead && i + stretch <= runs.length; i += stretch) {
+                       ahead.fetch(run + i, stretch);
+                       s.add(run + i, stretch / lanes);
+                     }
+                     const std::int64_t count = runs.length - i, rest = count % lanes;
+                     ahead.fetch(run + i, count);
+                     s.add(run + i, count / lanes);
+                     if (rest > 0)
+                       s.add(widen(load_first(run + runs.length - rest, rest,
+                                              static_cast<T>(centered ? center[c] : 0))));
+                   }
+                   channel_sums[c] = s;
+                 });
   for (std::int64_t c = 0; c < runs.channels; ++c) sums[c] = channel_sums[c].sums();
 }
 
@@ -301,6 +308,7 @@ void apply_rows_staged(const Grid& grid, std::int64_t group, std::int64_t chunk,
   const Runs runs(grid, group, chunk);
   const NextTile next_tile(grid, group, chunk);
   Stage<T> stage(fusion);
+  const auto* residual = static_cast<const T*>(fusion.residual);
   alignas(64) T z[stage_length];
   SharedLine<T> shared;
   for (std::int64_t b = runs.blocks; b-- > 0;)
@@ -308,11 +316,14 @@ void apply_rows_staged(const Grid& grid, std::int64_t group, std::int64_t chunk,
       const Affine<T> f = forward[runs.first_channel + c];
       const Next<T> next = next_tile.next(x, b, c);
       const Ahead<T> ahead = within(grid, x + runs.offset(b, c), runs.length);
+      // Nothing has read the residual before.
+      const Ahead<T> ahead_residual = runs.ahead_backwards(residual, b);
       for (std::int64_t i = 0, count; i < runs.length; i += count) {
         const std::int64_t offset = runs.offset(b, c) + i;
         const T* from = x + offset;
         count = stage_count(y + offset, runs.length - i);
         ahead.fetch(from, count);
+        if (residual != nullptr) ahead_residual.fetch(residual + offset, count);
         each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
           at.write(apply(f, at(from)), z);
         });
@@ -334,37 +345,38 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
   forward += runs.first_channel;
   GradientSums<T> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
-  runs.each_some(grid.fetch_ahead, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
-    const Affine<T> f = forward[c];
-    const Affine<Pack<T>> packs{broadcast(f.mean), broadcast(f.scale), broadcast(f.shift)};
-    GradientSums<T> s = channel_sums[c];
-    for (std::int64_t b = first; b < last; ++b) {
-      const std::int64_t offset = runs.offset(b, c);
-      const T *g = grad_y + offset, *values = x + offset;
-      const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
-      const auto gradients = [&](std::int64_t k) __attribute__((always_inline)) {
-        if constexpr (Epilogue::linear) return load_wide(g + k * lanes);
-        return through_epilogue<Epilogue>(load(g + k * lanes), load(values + k * lanes), packs,
-                                          slope);
-      };
-      const std::int64_t whole = runs.length / lanes, rest = runs.length % lanes;
-      std::int64_t k = 0;
-      for (; grid.fetch_ahead && k + stretch / lanes <= whole; k += stretch / lanes) {
-        ahead_g.fetch(g + k * lanes, stretch);
-        ahead_x.fetch(values + k * lanes, stretch);
-        s.add(values, k, k + stretch / lanes, gradients);
-      }
-      ahead_g.fetch(g + k * lanes, runs.length - k * lanes);
-      ahead_x.fetch(values + k * lanes, runs.length - k * lanes);
-      s.add(values, k, whole, gradients);
-      if (rest > 0) {
-        const Pack<T> last_x = load_first(values + whole * lanes, rest, f.mean);
-        const Pack<T> last_g = load_first(g + whole * lanes, rest, T{0});
-        s.add(through_epilogue<Epilogue>(last_g, last_x, packs, slope), widen(last_x));
-      }
-    }
-    channel_sums[c] = s;
-  });
+  runs.each_some(
+      grid.fetch_ahead ? 4 : 16, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
+        const Affine<T> f = forward[c];
+        const Affine<Pack<T>> packs{broadcast(f.mean), broadcast(f.scale), broadcast(f.shift)};
+        GradientSums<T> s = channel_sums[c];
+        for (std::int64_t b = first; b < last; ++b) {
+          const std::int64_t offset = runs.offset(b, c);
+          const T *g = grad_y + offset, *values = x + offset;
+          const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
+          const auto gradients = [&](std::int64_t k) __attribute__((always_inline)) {
+            if constexpr (Epilogue::linear) return load_wide(g + k * lanes);
+            return through_epilogue<Epilogue>(load(g + k * lanes), load(values + k * lanes), packs,
+                                              slope);
+          };
+          const std::int64_t whole = runs.length / lanes, rest = runs.length % lanes;
+          std::int64_t k = 0;
+          for (; grid.fetch_ahead && k + stretch / lanes <= whole; k += stretch / lanes) {
+            ahead_g.fetch(g + k * lanes, stretch);
+            ahead_x.fetch(values + k * lanes, stretch);
+            s.add(values, k, k + stretch / lanes, gradients);
+          }
+          ahead_g.fetch(g + k * lanes, runs.length - k * lanes);
+          ahead_x.fetch(values + k * lanes, runs.length - k * lanes);
+          s.add(values, k, whole, gradients);
+          if (rest > 0) {
+            const Pack<T> last_x = load_first(values + whole * lanes, rest, f.mean);
+            const Pack<T> last_g = load_first(g + whole * lanes, rest, T{0});
+            s.add(through_epilogue<Epilogue>(last_g, last_x, packs, slope), widen(last_x));
+          }
+        }
+        channel_sums[c] = s;
+      });
   for (std::int64_t c = 0; c < runs.channels; ++c)
     partials[chunk * grid.problem.c + runs.first_channel + c] = channel_sums[c].sums(mean[c]);
 }
@@ -380,19 +392,20 @@ void grad_sums_rows_staged(const Grid& grid, std::int64_t group, std::int64_t ch
   alignas(64) T g[stage_length];
   GradientSums<T> channel_sums[Grid::max_group_channels];
   for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
-  runs.each_some(grid.fetch_ahead, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
+  // In the order of memory, in which masks are drawn.
+  runs.each_some(1, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
     const Affine<T> f = forward[c];
     GradientSums<T> s = channel_sums[c];
     for (std::int64_t b = first; b < last; ++b) {
-      const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
       for (std::int64_t i = 0; i < runs.length; i += stage_length) {
         const std::int64_t count = runs.length - i < stage_length ? runs.length - i : stage_length;
         const std::int64_t offset = runs.offset(b, c) + i, whole = count / lanes;
         const T* values = x + offset;
-        ahead_g.fetch(grad_y + offset, count);
-        ahead_x.fetch(values, count);
-        __builtin_memcpy(g, grad_y + offset, static_cast<std::size_t>(count) * sizeof(T));
-        stage.backward(g, offset, count, [&](auto at) __attribute__((always_inline)) {
+        // What is next in memory: between two stretches processors lose track of it.
+        fetch(grad_y + offset + count, stage_length);
+        fetch(values + count, stage_length);
+        copy(grad_y + offset, g, count);
+        stage.backward_first(g, offset, count, [&](auto at) __attribute__((always_inline)) {
           return apply(f, at(values));
         });
         s.add(values, 0, whole, [&](std::int64_t k) __attribute__((always_inline)) {
@@ -461,13 +474,14 @@ void apply_grad_rows_staged(const Grid& grid, std::int64_t group, std::int64_t c
         const std::int64_t offset = runs.offset(b, c) + i;
         const T* values = x + offset;
         count = stage_count(grad_x + offset, runs.length - i);
-        __builtin_memcpy(g, grad_y + offset, static_cast<std::size_t>(count) * sizeof(T));
-        stage.backward(g, offset, count, [&](auto at) __attribute__((always_inline)) {
+        copy(grad_y + offset, g, count);
+        stage.backward_again(g, offset, count, [&](auto at) __attribute__((always_inline)) {
           return apply(f, at(values));
         });
         shared.continues = i + count == runs.length && runs.lines_continue<T>(c);
+        shared_residual.continues = shared.continues;
         if (grad_residual != nullptr)
-          write_staged(g, grad_residual + offset, count, false, &shared_residual,
+          write_staged(g, grad_residual + offset, count, grid.streaming, &shared_residual,
                        [](std::int64_t, std::int64_t) {});
         write<1>(
             grad_x + offset, 0, count, grid.streaming, &shared, [&](auto) { return k; },
@@ -774,12 +788,10 @@ struct StagedRows {
 template <class T>
 struct StagedRows<T, false> {};
 
-// The gradients g of a row of columns, at the normalised values of x.
+// The normalised values of a row of columns.
 template <class T>
-BNEXT_INLINE void stage_backward(Stage<T>& stage, T* g, std::int64_t first, std::int64_t count,
-                                 const ColumnAffine<T>& f, const T* x) {
-  stage.backward(g, first, count,
-                 [&](auto at) __attribute__((always_inline)) { return apply(f.at(at), at(x)); });
+BNEXT_INLINE auto normalised(const ColumnAffine<T>& f, const T* x) {
+  return [&f, x](auto at) __attribute__((always_inline)) { return apply(f.at(at), at(x)); };
 }
 
 template <class T, class Epilogue>
@@ -805,9 +817,9 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     if constexpr (is_staged<Epilogue>) {
       for (std::int64_t k = 0; k < count; ++k) {
         T* const row = staged_rows.values[k];
-        __builtin_memcpy(row, g + k * grid.width, static_cast<std::size_t>(width) * sizeof(T));
-        stage_backward(stage, row, (r + k) * grid.width + columns.first, width, f,
-                       values + k * grid.width);
+        copy(g + k * grid.width, row, width);
+        stage.backward_first(row, (r + k) * grid.width + columns.first, width,
+                             normalised(f, values + k * grid.width));
       }
       g = staged_rows.values[0];
       g_stride = max_columns;
@@ -892,8 +904,8 @@ void apply_grad_columns_staged(const Grid& grid, std::int64_t group, std::int64_
   for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
     const std::int64_t offset = r * grid.width + columns.first;
     const std::int64_t width = row_width(grid, columns, r);
-    __builtin_memcpy(g, grad_y + offset, static_cast<std::size_t>(width) * sizeof(T));
-    stage_backward(stage, g, offset, width, f, x + offset);
+    copy(grad_y + offset, g, width);
+    stage.backward_again(g, offset, width, normalised(f, x + offset));
     if (grad_residual != nullptr)
       write_staged(g, grad_residual + offset, width, grid.streaming, no_shared_line<T>,
                    [](std::int64_t, std::int64_t) {});

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 
 #include "bnext/batch_norm.hpp"
@@ -96,7 +97,7 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
 
 template <class T>
 void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
-  Grid grid = make_grid(a.problem, 2, sizeof(T));
+  Grid grid = make_grid(a.problem, a.fusion.residual != nullptr ? 3 : 2, sizeof(T));
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Moments>(channels * grid.chunks) +
                       Workspace::bytes<Affine<T>>(channels));
@@ -128,19 +129,28 @@ void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
 
 template <class T>
 void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
-  Grid grid = make_grid(a.problem, 3, sizeof(T));
+  Grid grid = make_grid(a.problem, a.grad_residual != nullptr ? 4 : 3, sizeof(T));
   const std::int64_t channels = a.problem.c;
-  Workspace workspace(Workspace::bytes<GradSums>(channels * grid.chunks) +
-                      Workspace::bytes<Affine<T>>(channels) +
-                      Workspace::bytes<GradAffine<T>>(channels));
+  Fusion fusion = a.fusion;
+  const bool gated =
+      fusion.dropout.threshold > 0 && fusion.dropout.scale > 0 &&
+      (fusion.activation == Activation::none || fusion.activation == Activation::relu);
+  const std::int64_t gate_bytes = gated ? a.problem.size() / 8 + 8 : 0;
+  Workspace workspace(
+      Workspace::bytes<GradSums>(channels * grid.chunks) + Workspace::bytes<Affine<T>>(channels) +
+      Workspace::bytes<GradAffine<T>>(channels) + Workspace::bytes<std::uint8_t>(gate_bytes));
   auto* partials = workspace.take<GradSums>(channels * grid.chunks);
   auto* forward = workspace.take<Affine<T>>(channels);
   auto* backward = workspace.take<GradAffine<T>>(channels);
+  if (gated) {
+    fusion.gate = workspace.take<std::uint8_t>(gate_bytes);
+    std::memset(fusion.gate, 0, static_cast<std::size_t>(gate_bytes));
+  }
   const auto* grad_y = static_cast<const T*>(a.grad_y);
   const auto* x = static_cast<const T*>(a.x);
   auto* grad_x = static_cast<T*>(a.grad_x);
   auto* grad_residual = static_cast<T*>(a.grad_residual);
-  const int path = path_of(a.fusion, grad_residual != nullptr);
+  const int path = path_of(fusion, grad_residual != nullptr);
   const auto grad_sums = kernels.grad_sums[path];
   const auto apply_grad = kernels.apply_grad[path];
   const auto count = static_cast<double>(a.problem.per_channel());
@@ -152,7 +162,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
   reduce_then_apply(
       grid,
       [&](std::int64_t group, std::int64_t chunk) {
-        grad_sums(grid, group, chunk, grad_y, x, a.mean, forward, a.fusion, partials);
+        grad_sums(grid, group, chunk, grad_y, x, a.mean, forward, fusion, partials);
       },
       [&](std::int64_t c) {
         GradSums total{0, 0};
@@ -169,8 +179,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
                                             total.g * share, sum_gn * share);
       },
       [&](std::int64_t group, std::int64_t chunk) {
-        apply_grad(grid, group, chunk, grad_y, x, forward, backward, a.fusion, grad_x,
-                   grad_residual);
+        apply_grad(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x, grad_residual);
       });
 }
 

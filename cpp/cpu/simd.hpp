@@ -450,13 +450,21 @@ struct Next {
 
 // -- writing results ------------------------------------------------------------------------------
 
-// Lanes that a vector of T would have, compared: true where the bit of a lane is set.
+// The lanes of a where the bit of a lane is set, of b elsewhere.
 template <class T>
-BNEXT_INLINE auto lanes_of_mask(std::uint32_t mask) {
+BNEXT_INLINE typename Native<T>::type select_lanes(std::uint32_t mask, typename Native<T>::type a,
+                                                   typename Native<T>::type b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), b, a);
+  else
+    return _mm512_mask_blend_pd(static_cast<__mmask8>(mask), b, a);
+#else
   using Lanes = decltype(load_integers<T>(nullptr));
   Lanes bits{};
   for (std::int64_t l = 0; l < vector_length<T>; ++l) bits[l] = 1 << l;
-  return (bits & static_cast<int>(mask & 0xFFFFu)) != 0;
+  return (bits & static_cast<int>(mask & 0xFFFFu)) != 0 ? a : b;
+#endif
 }
 
 // A place in a row: a vector of elements, or the first few of one where the row begins or ends.
@@ -569,6 +577,14 @@ BNEXT_INLINE void write(T* __restrict to, std::int64_t stride, std::int64_t leng
     if (i < length) fetch(i, length - i);
   }
   write_range(i, length, to);
+}
+
+template <class T>
+BNEXT_INLINE void copy(const T* from, T* to, std::int64_t count) {
+  each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
+    at.write(at(from), to);
+    __asm__ volatile("");  // or GCC makes it a `rep movs`, which takes longer to start than to copy
+  });
 }
 
 // `count` values that were computed at `staged`, to where they belong.
