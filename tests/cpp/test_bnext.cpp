@@ -167,6 +167,69 @@ void test_batch_norm(const Case& k) {
   }
 }
 
+// A residual, ReLU and dropout in the same pass, against the operations one after another. Arrays
+// are exactly as large as they must be, for the sanitizers.
+void test_fused(const Case& k) {
+  const auto size = static_cast<std::size_t>(k.size()), c = static_cast<std::size_t>(k.c);
+  const auto x = random_values<float>(k.size(), 1), g = random_values<float>(k.size(), 2),
+             residual = random_values<float>(k.size(), 3);
+  std::vector<float> y(size), z(size), grad_x(size), grad_z(size), expected(size),
+      grad_residual(size);
+  std::vector<double> mean(c), var(c), inv_std(c);
+  std::vector<std::uint8_t> passes(static_cast<std::size_t>(bnext::passes_bytes(k.size())));
+  const auto data = [&](const std::vector<float>& values) {
+    return bnext::Array(const_cast<float*>(values.data()), bnext::DType::float32, k.shape());
+  };
+  const auto largest_error = [](const std::vector<float>& a, const std::vector<float>& b) {
+    float error = 0;
+    for (std::size_t i = 0; i < a.size(); ++i) error = std::max(error, std::abs(a[i] - b[i]));
+    return error;
+  };
+
+  bnext::BatchNormForward forward;
+  forward.x = data(x);
+  forward.channel_axis = k.last ? -1 : 1;
+  forward.y = data(z);
+  forward.mean = {mean.data(), {k.c}};
+  forward.var = {var.data(), {k.c}};
+  forward.inv_std = {inv_std.data(), {k.c}};
+  bnext::batch_norm_forward(forward);
+  bnext::Generator generator(7);
+  forward.y = data(y);
+  forward.residual = data(residual);
+  forward.activation = bnext::Activation::relu;
+  forward.dropout = 0.4;
+  forward.passes = passes.data();
+  const bnext::DropoutDraw draw = bnext::batch_norm_forward(forward, generator);
+  for (std::size_t i = 0; i < size; ++i) expected[i] = std::max(0.0f, z[i] + residual[i]);
+  bnext::Generator same(7);
+  bnext::dropout_forward({data(expected), 0.4, data(expected)}, same);
+  check(largest_error(y, expected) < 1e-5f, k.name() + ": fused forward");
+  check(generator.offset() == 1, k.name() + ": fused forward: expected one draw");
+
+  bnext::BatchNormBackward backward;
+  backward.x = data(x);
+  backward.channel_axis = forward.channel_axis;
+  backward.mean = forward.mean;
+  backward.inv_std = forward.inv_std;
+  bnext::dropout_backward({data(g), 0.4, draw, data(grad_z)});
+  for (std::size_t i = 0; i < size; ++i)
+    if (z[i] + residual[i] <= 0) grad_z[i] = 0;
+  backward.grad_y = data(grad_z);
+  backward.grad_x = data(expected);
+  bnext::batch_norm_backward(backward);
+  backward.grad_y = data(g);
+  backward.grad_x = data(grad_x);
+  backward.grad_residual = data(grad_residual);
+  backward.activation = forward.activation;
+  backward.dropout = forward.dropout;
+  backward.draw = draw;
+  backward.passes = passes.data();
+  bnext::batch_norm_backward(backward);
+  check(largest_error(grad_x, expected) < 1e-4f, k.name() + ": fused backward");
+  check(grad_residual == grad_z, k.name() + ": gradient of the residual");
+}
+
 void test_dropout() {
   const std::vector<float> x(10007, 1.0f);
   std::vector<float> first(x.size()), again(x.size());
@@ -278,6 +341,7 @@ int main(int argc, char** argv) {
     for (const Case& k : cases) {
       test_batch_norm<float>(k);
       test_batch_norm<double>(k);
+      test_fused(k);
     }
     test_dropout();
     test_errors();
