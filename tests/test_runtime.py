@@ -34,6 +34,16 @@ def python(code, **environment):
     return run.stdout.strip()
 
 
+# What the first operation of a process has to say of its environment.
+FIRST_ERROR = """
+import bnext, numpy as np
+try:
+    bnext.functional.batch_norm_forward(np.eye(3, dtype=np.float32))
+except ValueError as error:
+    print(error)
+"""
+
+
 # -- import ----------------------------------------------------------------------------------------
 
 
@@ -84,14 +94,7 @@ def test_environment_forces_a_backend(name):
 
 
 def test_unknown_backend_in_the_environment_is_a_clear_error():
-    code = """
-import bnext, numpy as np
-try:
-    bnext.functional.batch_norm_forward(np.eye(3, dtype=np.float32))
-except ValueError as error:
-    print(error)
-"""
-    said = python(code, BNEXT_BACKEND="sse1")
+    said = python(FIRST_ERROR, BNEXT_BACKEND="sse1")
     assert said == f"backend: no backend 'sse1' on this machine; available: {', '.join(BACKENDS)}"
 
 
@@ -138,15 +141,8 @@ print(digest.hexdigest())
 
 
 def test_size_of_the_cache_must_be_a_number():
-    code = """
-import bnext, numpy as np
-try:
-    bnext.functional.batch_norm_forward(np.eye(3, dtype=np.float32))
-except ValueError as error:
-    print(error)
-"""
     for wrong in ("32M", "0", "-1"):
-        said = python(code, BNEXT_CACHE_BYTES=wrong)
+        said = python(FIRST_ERROR, BNEXT_CACHE_BYTES=wrong)
         assert said == f"BNEXT_CACHE_BYTES: expected bytes, got '{wrong}'"
 
 

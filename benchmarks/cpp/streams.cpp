@@ -26,15 +26,21 @@ void sum(const float* a, const float* b, float* out, std::int64_t size) {
 
 #if defined(__x86_64__)
 template <bool Two, bool NonTemporal>
+__attribute__((target("avx512f"), always_inline)) inline void store512(const float* a,
+                                                                       const float* b, float* out) {
+  __m512 v = _mm512_loadu_ps(a);
+  if (Two) v = _mm512_add_ps(v, _mm512_loadu_ps(b));
+  if (NonTemporal)
+    _mm512_stream_ps(out, v);
+  else
+    _mm512_store_ps(out, v);
+}
+
+template <bool Two, bool NonTemporal>
 __attribute__((target("avx512f"))) void stream512(const float* a, const float* b, float* out,
                                                   std::int64_t size) {
   for (std::int64_t i = 0; i + 16 <= size; i += 16) {
-    __m512 v = _mm512_loadu_ps(a + i);
-    if (Two) v = _mm512_add_ps(v, _mm512_loadu_ps(b + i));
-    if (NonTemporal)
-      _mm512_stream_ps(out + i, v);
-    else
-      _mm512_store_ps(out + i, v);
+    store512<Two, NonTemporal>(a + i, b + i, out + i);
   }
   if (NonTemporal) _mm_sfence();
 }
@@ -52,6 +58,7 @@ __attribute__((target("avx2"))) void stream256(const float* a, const float* b, f
   }
   if (NonTemporal) _mm_sfence();
 }
+
 // What any BatchNorm in training has to do at least: sums of x and x^2, or of g and g x, as
 // doubles; then one result for each value. Without channels, in blocks that stay in the cache of a
 // core; the next block is fetched meanwhile.
@@ -77,12 +84,7 @@ __attribute__((target("avx512f"))) void two_passes512(const float* a, const floa
         _mm_prefetch(reinterpret_cast<const char*>(a + i + block), _MM_HINT_T0);
         if (Two) _mm_prefetch(reinterpret_cast<const char*>(b + i + block), _MM_HINT_T0);
       }
-      __m512 v = _mm512_loadu_ps(a + i);
-      if (Two) v = _mm512_add_ps(v, _mm512_loadu_ps(b + i));
-      if (NonTemporal)
-        _mm512_stream_ps(out + i, v);
-      else
-        _mm512_store_ps(out + i, v);
+      store512<Two, NonTemporal>(a + i, b + i, out + i);
     }
   }
   if (NonTemporal) _mm_sfence();

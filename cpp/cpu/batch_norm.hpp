@@ -780,13 +780,18 @@ BNEXT_INLINE void add_grad_columns(std::int64_t count, const double* mean, ReadG
   store(sums.even, products);
 }
 
-// Gradients of some rows, staged.
+// Gradients of some rows, staged where that is `needed`.
 template <class T, bool needed>
 struct StagedRows {
+  explicit StagedRows(const Fusion& fusion) : stage(fusion) {}
+
+  Stage<T> stage;
   alignas(64) T values[row_block][max_columns];
 };
 template <class T>
-struct StagedRows<T, false> {};
+struct StagedRows<T, false> {
+  explicit StagedRows(const Fusion&) {}
+};
 
 // The normalised values of a row of columns.
 template <class T>
@@ -807,8 +812,7 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     spread(grid, columns, center, [&](std::int64_t c) { return mean[c]; });
   const ColumnAffine<T> f(grid, columns, forward);
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
-  StagedRows<T, is_staged<Epilogue>> staged_rows;
-  [[maybe_unused]] Stage<T> stage(fusion);
+  StagedRows<T, is_staged<Epilogue>> staged_rows(fusion);
 
   for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
     const T* values = x + r * grid.width + columns.first;
@@ -818,8 +822,8 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
       for (std::int64_t k = 0; k < count; ++k) {
         T* const row = staged_rows.values[k];
         copy(g + k * grid.width, row, width);
-        stage.backward_first(row, (r + k) * grid.width + columns.first, width,
-                             normalised(f, values + k * grid.width));
+        staged_rows.stage.backward_first(row, (r + k) * grid.width + columns.first, width,
+                                         normalised(f, values + k * grid.width));
       }
       g = staged_rows.values[0];
       g_stride = max_columns;

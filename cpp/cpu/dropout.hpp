@@ -106,6 +106,13 @@ class MaskBits {
   // An element is dropped where its 16 bits are below this, up to 2^16.
   const std::int32_t high;
 
+  // v where the bits say that an element is kept, 0 where it is dropped.
+  template <class T>
+  BNEXT_INLINE typename Native<T>::type keep(typename Native<T>::type v,
+                                             const std::int32_t* bits) const {
+    return load_integers<T>(bits) < high ? decltype(v){} : v;
+  }
+
   // The bits of the batch that `element` is in.
   BNEXT_INLINE const std::int32_t* of(std::int64_t element) {
     const std::int64_t number = element / batch;
@@ -153,8 +160,7 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
     write<1>(
         y + begin, 0, count, streaming, no_shared_line<T>, [](auto) { return 0; },
         [&](int, auto at, int) __attribute__((always_inline)) {
-          const auto kept = at(from) * scale;
-          return load_integers<T>(bits + at.i) < mask.high ? decltype(kept){} : kept;
+          return mask.template keep<T>(at(from) * scale, bits + at.i);
         },
         [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
   }

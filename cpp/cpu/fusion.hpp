@@ -130,9 +130,7 @@ class Stage {
       const std::int64_t n = count - k < rest ? count - k : rest;
       T* part = values + k;
       each_place<T>(0, n, [&](auto at) __attribute__((always_inline)) {
-        const auto kept = at(part) * scale_;
-        at.write(load_integers<T>(bits + begin + at.i) < mask_.high ? decltype(kept){} : kept,
-                 part);
+        at.write(mask_.template keep<T>(at(part) * scale_, bits + begin + at.i), part);
       });
       k += n;
     }

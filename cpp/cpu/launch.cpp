@@ -135,7 +135,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
   const bool gated =
       fusion.dropout.threshold > 0 && fusion.dropout.scale > 0 &&
       (fusion.activation == Activation::none || fusion.activation == Activation::relu);
-  const std::int64_t gate_bytes = gated ? a.problem.size() / 8 + 8 : 0;
+  const std::int64_t gate_bytes = gated ? passes_bytes(a.problem.size()) : 0;
   Workspace workspace(
       Workspace::bytes<GradSums>(channels * grid.chunks) + Workspace::bytes<Affine<T>>(channels) +
       Workspace::bytes<GradAffine<T>>(channels) + Workspace::bytes<std::uint8_t>(gate_bytes));
