@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
@@ -9,11 +10,16 @@ from bnext import _core
 
 BACKENDS = [name for name, available in _core.backends() if available]
 DTYPES = [np.float32, np.float64]
+HALF_DTYPES = [np.float16, ml_dtypes.bfloat16]
 ACTIVATIONS = list(_core.activations)
 
 # DESIGN: |y - y64| <= 5e-6 (1 + |y|) for float32; float64 carries 29 bits more,
 # of which sums of many rounded values take five.
 TOLERANCE = {np.dtype(np.float32): 5e-6, np.dtype(np.float64): 5e-6 / 2**24}
+# What is rounded to 16 bits is computed as float32: half a unit in the last place more.
+TOLERANCE |= {
+    np.dtype(dtype): 5e-6 + float(ml_dtypes.finfo(dtype).eps) / 2 for dtype in HALF_DTYPES
+}
 
 # (shape, channel_axis): every boundary of the kernels. Rows are cut into chunks of 16,384 values;
 # rows shorter than 64 and channels-last become columns, at most 1,024 to a group, 65,536 values to
@@ -75,7 +81,9 @@ def data(shape, channel_axis=1, dtype=np.float32, seed=0, offset=3.0):
 
 
 def parameters(channels, dtype=np.float32, seed=1):
+    """weight and bias for data of `dtype`: float32 for those of 16 bits."""
     rng = np.random.default_rng(seed)
+    dtype = np.float64 if dtype == np.float64 else np.float32
     return rng.normal(size=channels).astype(dtype), rng.normal(size=channels).astype(dtype)
 
 

@@ -19,12 +19,32 @@ def _per_channel(values, x, channel_axis):
     return np.asarray(values, Wide).reshape(shape)
 
 
+def wide(x):
+    """x in extended precision; NumPy cannot convert every dtype there at once."""
+    return np.asarray(x).astype(np.float64).astype(Wide) if x.dtype.itemsize < 4 else x.astype(Wide)
+
+
 def activate(z, activation, slope):
-    """(value, derivative) of the activation; derivative 0 (or slope) at 0."""
+    """(value, derivative) of the activation; where it has none, that from the left."""
     if activation == "relu":
         return np.where(z <= 0, 0, z), np.where(z > 0, 1, 0)
     if activation == "leaky_relu":
         return np.where(z > 0, z, slope * z), np.where(z > 0, 1, slope)
+    if activation == "relu6":
+        return np.clip(z, 0, 6), np.where((z > 0) & (z < 6), 1, 0)
+    if activation == "hardswish":
+        derivative = np.where(z <= -3, 0, np.where(z >= 3, 1, (2 * z + 3) / 6))
+        return z * np.clip(z + 3, 0, 6) / 6, derivative
+    if activation == "silu":
+        s = 1 / (1 + np.exp(-z))
+        return z * s, s + z * s * (1 - s)
+    if activation == "gelu":
+        u = np.sqrt(2 / Wide(np.pi)) * (z + Wide(0.044715) * z**3)
+        du = np.sqrt(2 / Wide(np.pi)) * (1 + 3 * Wide(0.044715) * z**2)
+        t = np.tanh(u)
+        return z * (1 + t) / 2, (1 + t) / 2 + z * (1 - t**2) * du / 2
+    if activation is not None:
+        raise ValueError(f"no reference for {activation!r}")
     return z, np.ones_like(z)
 
 
@@ -47,7 +67,7 @@ class BatchNorm:
     offset: int = 0
 
     def __post_init__(self):
-        x = self.x.astype(Wide)
+        x = wide(self.x)
         axes = _axes(x, self.channel_axis)
         self.batch_statistics = self.mean is None
         if self.batch_statistics:
@@ -58,7 +78,7 @@ class BatchNorm:
         self.scale = self._wide(1 if self.weight is None else self.weight)
         self.z = self.n * self.scale + self._wide(0 if self.bias is None else self.bias)
         if self.residual is not None:
-            self.z = self.z + self.residual
+            self.z = self.z + wide(self.residual)
         self.y, self.derivative = activate(self.z, self.activation, self.negative_slope)
         self.y = self._drop(self.y)
 
@@ -69,7 +89,7 @@ class BatchNorm:
         return _per_channel(values, self.x, self.channel_axis)
 
     def grad_residual(self, grad_y):
-        return self._drop(grad_y.astype(Wide)) * self.derivative
+        return self._drop(wide(grad_y)) * self.derivative
 
     def backward(self, grad_y):
         """Gradients of x, weight and bias."""

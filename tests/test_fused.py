@@ -6,7 +6,7 @@ import pytest
 import bnext
 import reference
 from bnext import functional as F
-from cases import ACTIVATIONS, DTYPES, TOLERANCE, data, name_of, parameters
+from cases import ACTIVATIONS, DTYPES, HALF_DTYPES, TOLERANCE, data, name_of, parameters
 
 # Every way through the kernels: rows and columns, with ends of all kinds.
 SHAPES = [
@@ -39,7 +39,7 @@ def arrays(case, dtype=np.float32):
 
 
 @shapes
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 @activations
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("dropout", [0, 0.3])

@@ -1,6 +1,7 @@
 #include "bind/arrays.hpp"
 
 #include <atomic>
+#include <iterator>
 #include <limits>
 #include <memory>
 
@@ -21,11 +22,29 @@ std::string dtype_name(const py::dtype& dtype) {
   return py::str(dtype).cast<std::string>();
 }
 
+// The numbers by which NumPy knows the dtypes; -1 for one that nobody has registered yet. Those it
+// does not come with, such as bfloat16, are known by their names (ml_dtypes registers them).
+struct Known {
+  DType dtype;
+  const char* name;
+  std::atomic<int> number;
+};
+
 std::optional<DType> known(const py::dtype& dtype) {
-#define BNEXT_MATCH(name, type) \
-  if (dtype.num() == py::dtype::num_of<type>()) return DType::name;
-  BNEXT_DTYPES(BNEXT_MATCH)
-#undef BNEXT_MATCH
+  static Known all[] = {
+#define BNEXT_KNOWN(name, type, compute) {DType::name, #name, -1},
+      BNEXT_DTYPES(BNEXT_KNOWN)
+#undef BNEXT_KNOWN
+  };
+  const int number = dtype.num();
+  for (const Known& k : all)
+    if (k.number == number) return k.dtype;
+  const std::string name = dtype.attr("name").cast<std::string>();
+  for (Known& k : all)
+    if (name == k.name && dtype.itemsize() == dtype_size(k.dtype)) {
+      k.number = number;
+      return k.dtype;
+    }
   return std::nullopt;
 }
 
@@ -49,11 +68,16 @@ void refuse_masked(const char* operation, const char* argument, py::handle objec
 }
 
 std::string dtype_names() {
-  std::string names;
-#define BNEXT_NAME(name, type) names += std::string(names.empty() ? "" : " or ") + #name;
-  BNEXT_DTYPES(BNEXT_NAME)
+  const char* const names[] = {
+#define BNEXT_NAME(name, type, compute) #name,
+      BNEXT_DTYPES(BNEXT_NAME)
 #undef BNEXT_NAME
-  return names;
+  };
+  std::string list;
+  const std::size_t count = std::size(names);
+  for (std::size_t i = 0; i < count; ++i)
+    list += std::string(i == 0 ? "" : i + 1 < count ? ", " : " or ") + names[i];
+  return list;
 }
 
 }  // namespace
@@ -120,6 +144,17 @@ py::array new_array(const py::dtype& dtype, const Shape& shape) {
   const py::capsule capsule(owner.get(), give_back);
   owner.release();
   return py::array(dtype, shape, memory, capsule);
+}
+
+py::dtype parameter_dtype(const py::array& x) {
+  const std::optional<DType> dtype = known(x.dtype());
+  if (!dtype) return x.dtype();
+  switch (bnext::parameter_dtype(*dtype)) {
+    case DType::float64:
+      return py::dtype::of<double>();
+    default:
+      return py::dtype::of<float>();
+  }
 }
 
 Array view(const py::array& array) {

@@ -34,6 +34,9 @@ Shape shape_of(const py::array& array);
 
 py::array new_array(const py::dtype& dtype, const Shape& shape);
 
+// Of weight, bias, statistics and their gradients where the data are x.
+py::dtype parameter_dtype(const py::array& x);
+
 // What the core takes; the array must outlive it.
 Array view(const py::array& array);
 Array view(const OptionalArray& array);

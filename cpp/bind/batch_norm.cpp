@@ -76,7 +76,7 @@ struct BatchNormSaved {
     return channels ? x.size() / channels : 0;
   }
   py::object in_dtype_of_x(const py::array& statistic) const {
-    return statistic.attr("astype")(x.dtype());
+    return statistic.attr("astype")(parameter_dtype(x));
   }
 };
 
@@ -114,8 +114,8 @@ py::tuple forward(py::handle x, py::handle weight, py::handle bias, py::handle e
   constexpr const char* operation = "batch_norm_forward";
   const Options options(operation, channel_axis, activation, negative_slope);
   const py::array from = input(operation, "x", x);
-  const OptionalArray w = per_channel(operation, "weight", weight, from.dtype());
-  const OptionalArray b = per_channel(operation, "bias", bias, from.dtype());
+  const OptionalArray w = per_channel(operation, "weight", weight, parameter_dtype(from));
+  const OptionalArray b = per_channel(operation, "bias", bias, parameter_dtype(from));
   const OptionalArray r = optional_input(operation, "residual", residual);
   const double epsilon = number(operation, "eps", eps);
   const double p = number(operation, "dropout", dropout);
@@ -183,8 +183,8 @@ BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
   const py::array g = input(operation, "grad_y", grad_y);
   const py::array grad_x = output(operation, out, s.x);
   OptionalArray grad_weight, grad_bias;
-  if (s.weight) grad_weight = new_array(s.x.dtype(), {s.mean.size()});
-  if (s.bias) grad_bias = new_array(s.x.dtype(), {s.mean.size()});
+  if (s.weight) grad_weight = new_array(parameter_dtype(s.x), {s.mean.size()});
+  if (s.bias) grad_bias = new_array(parameter_dtype(s.x), {s.mean.size()});
   // What only passes through needs no array of its own.
   const bool through = s.activation == Activation::none && s.dropout == 0;
   OptionalArray grad_residual;
@@ -231,7 +231,7 @@ py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, 
   const Options options(operation, channel_axis, activation, negative_slope);
   const py::array from = input(operation, "x", x);
   const auto channel = [&](const char* argument, py::handle object) {
-    return per_channel(operation, argument, object, from.dtype());
+    return per_channel(operation, argument, object, parameter_dtype(from));
   };
   const OptionalArray m = channel("mean", mean), v = channel("var", var);
   const OptionalArray w = channel("weight", weight), b = channel("bias", bias);

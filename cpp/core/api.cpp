@@ -97,10 +97,11 @@ namespace {
 DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
   const Check check("batch_norm_forward");
   const Problem problem = check.problem(a.x, a.channel_axis);
+  const DType parameters = parameter_dtype(a.x.dtype);
   check.eps(a.eps);
   check_fusion(check, a.x, a.residual, a.activation, a.negative_slope, a.dropout, a.passes);
-  check.optional_per_channel("weight", a.weight, problem.c, a.x.dtype);
-  check.optional_per_channel("bias", a.bias, problem.c, a.x.dtype);
+  check.optional_per_channel("weight", a.weight, problem.c, parameters);
+  check.optional_per_channel("bias", a.bias, problem.c, parameters);
   if (problem.per_channel() == 1 && problem.c > 0)
     check.fail("x", "1 value per channel (shape " + to_string(a.x.shape) +
                         ") in training mode; batch statistics need at least 2: use a larger "
@@ -130,7 +131,7 @@ DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
        optional(a.bias),
        a.eps,
        {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw), a.passes,
-        nullptr},
+        nullptr, 0, false},
        a.y.data,
        static_cast<double*>(a.mean.data),
        static_cast<double*>(a.var.data),
@@ -151,15 +152,16 @@ DropoutDraw batch_norm_forward(const BatchNormForward& args, Generator& generato
 void batch_norm_backward(const BatchNormBackward& a) {
   const Check check("batch_norm_backward");
   const Problem problem = check.problem(a.x, a.channel_axis);
+  const DType parameters = parameter_dtype(a.x.dtype);
   check_fusion(check, a.x, a.residual, a.activation, a.negative_slope, a.dropout, a.passes);
   check.same_kind("grad_y", a.grad_y, a.x);
-  check.optional_per_channel("weight", a.weight, problem.c, a.x.dtype);
-  check.optional_per_channel("bias", a.bias, problem.c, a.x.dtype);
+  check.optional_per_channel("weight", a.weight, problem.c, parameters);
+  check.optional_per_channel("bias", a.bias, problem.c, parameters);
   check.per_channel("mean", a.mean, problem.c, DType::float64);
   check.per_channel("inv_std", a.inv_std, problem.c, DType::float64);
   check.same_kind("out", a.grad_x, a.x);
-  check.optional_per_channel("grad_weight", a.grad_weight, problem.c, a.x.dtype);
-  check.optional_per_channel("grad_bias", a.grad_bias, problem.c, a.x.dtype);
+  check.optional_per_channel("grad_weight", a.grad_weight, problem.c, parameters);
+  check.optional_per_channel("grad_bias", a.grad_bias, problem.c, parameters);
   check.no_overlap("out", a.grad_x, "grad_y", a.grad_y, true);
   check.no_overlap("out", a.grad_x, "x", a.x, true);
   check.no_overlap("out", a.grad_x, "residual", a.residual, false);
@@ -187,7 +189,7 @@ void batch_norm_backward(const BatchNormBackward& a) {
        static_cast<const double*>(a.mean.data),
        static_cast<const double*>(a.inv_std.data),
        {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
-        const_cast<std::uint8_t*>(a.passes), nullptr},
+        const_cast<std::uint8_t*>(a.passes), nullptr, 0, false},
        a.batch_statistics,
        a.grad_x.data,
        a.grad_residual.given ? a.grad_residual.data : nullptr,
@@ -198,13 +200,14 @@ void batch_norm_backward(const BatchNormBackward& a) {
 void batch_norm_inference(const BatchNormInference& a) {
   const Check check("batch_norm_inference");
   const Problem problem = check.problem(a.x, a.channel_axis);
+  const DType parameters = parameter_dtype(a.x.dtype);
   check.eps(a.eps);
   check_fusion(check, a.x, a.residual, a.activation, a.negative_slope, 0, nullptr);
-  check.per_channel("mean", a.mean, problem.c, a.x.dtype);
-  check.per_channel("var", a.var, problem.c, a.x.dtype);
-  check.optional_per_channel("weight", a.weight, problem.c, a.x.dtype);
-  check.optional_per_channel("bias", a.bias, problem.c, a.x.dtype);
-  if (a.x.dtype == DType::float32 ? has_negative<float>(a.var) : has_negative<double>(a.var))
+  check.per_channel("mean", a.mean, problem.c, parameters);
+  check.per_channel("var", a.var, problem.c, parameters);
+  check.optional_per_channel("weight", a.weight, problem.c, parameters);
+  check.optional_per_channel("bias", a.bias, problem.c, parameters);
+  if (parameters == DType::float32 ? has_negative<float>(a.var) : has_negative<double>(a.var))
     check.fail("var", "expected no negative variance");
   check.same_kind("out", a.y, a.x);
   check.no_overlap("out", a.y, "x", a.x, true);
@@ -223,7 +226,8 @@ void batch_norm_inference(const BatchNormInference& a) {
        optional(a.weight),
        optional(a.bias),
        a.eps,
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(0, {}), nullptr, nullptr},
+       {optional(a.residual), a.activation, a.negative_slope, mask_draw(0, {}), nullptr, nullptr, 0,
+        false},
        a.y.data});
 }
 

@@ -33,13 +33,16 @@ struct Fusion {
   // Optional: bit i tells whether the gradient passes the activation at element i. Written by
   // forward, read by backward in place of what it would have to compute z from.
   std::uint8_t* passes;
-  // Backward of dropout after an activation that passes a gradient whole or not at all: bit i tells
-  // whether it gets through both at element i. Zero before; the sums write it, so that the second
-  // pass need not draw again.
-  std::uint8_t* gate;
+  // Backward of dropout: for each run of values that a tile takes in one go, `kept_bytes` for the
+  // bits of its elements. The sums draw them, so that the second pass need not draw again.
+  std::uint8_t* kept;
+  std::int64_t kept_bytes;
+  // Backward of LeakyReLU: in place of x there is the result, in which x still is.
+  bool inverted;
 };
 
-// Pointers to void are float or double, as the launcher's dtype says. Optional ones may be null.
+// Pointers to void are of the launcher's dtype, those of parameters and statistics of what it is
+// computed in. Optional ones may be null.
 struct BatchNormForwardArgs {
   Problem problem;
   const void* x;

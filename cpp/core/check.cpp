@@ -22,8 +22,8 @@ std::string to_string(double value) {
 
 const char* to_string(DType dtype) {
   switch (dtype) {
-#define BNEXT_CASE(name, type) \
-  case DType::name:            \
+#define BNEXT_CASE(name, type, compute) \
+  case DType::name:                     \
     return #name;
     BNEXT_DTYPES(BNEXT_CASE)
 #undef BNEXT_CASE
@@ -33,13 +33,24 @@ const char* to_string(DType dtype) {
 
 std::int64_t dtype_size(DType dtype) {
   switch (dtype) {
-#define BNEXT_CASE(name, type) \
-  case DType::name:            \
+#define BNEXT_CASE(name, type, compute) \
+  case DType::name:                     \
     return sizeof(type);
     BNEXT_DTYPES(BNEXT_CASE)
 #undef BNEXT_CASE
   }
   return 0;
+}
+
+DType parameter_dtype(DType dtype) {
+  switch (dtype) {
+#define BNEXT_CASE(name, type, compute) \
+  case DType::name:                     \
+    return dtype_of<compute>();
+    BNEXT_DTYPES(BNEXT_CASE)
+#undef BNEXT_CASE
+  }
+  return dtype;
 }
 
 std::int64_t Array::size() const {

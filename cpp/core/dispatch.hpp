@@ -3,12 +3,10 @@
 
 #include <cstddef>
 
-#include "bnext/lists.hpp"
+#include "bnext/types.hpp"
 #include "core/args.hpp"
 
 namespace bnext {
-
-enum class DType;
 
 #define BNEXT_COUNT(...) +1
 constexpr std::size_t dtype_count = 0 BNEXT_DTYPES(BNEXT_COUNT);

@@ -92,13 +92,53 @@ BNEXT_HD static inline X apply(const GradAffine<T>& f, X g, X x) {
   return f.g_scale * (g - f.g_mean) + f.x_scale * (x - f.x_mean) + f.shift;
 }
 
+// exp(x), of a number, or of each of a vector of them to a few units in the last place: infinite
+// from where 1 + exp(x) no longer differs from exp(x) in any way that a sigmoid could show (above
+// 88 and 708), zero below the smallest normal number. NaN stays NaN.
+#if defined(__CUDACC__)
+BNEXT_HD static inline float exponential(float x) {
+  return expf(x);
+}
+BNEXT_HD static inline double exponential(double x) {
+  return exp(x);
+}
+#else
+// exp(x) = 2^n exp(r), n the integer next to x / ln 2, |r| <= ln(2) / 2: Taylor's polynomial of r
+// is right to the last place but one with seven terms in float, thirteen in double.
+template <class V>
+static inline __attribute__((always_inline)) V exponential(V x) {
+  using T = decltype(x[0] + 0);
+  using Integers = decltype(x < x);
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T most = single ? T(88) : T(708), least = single ? T(-87.3) : T(-708);
+  // Adding it leaves the nearest integer in the lowest bits.
+  constexpr T round = single ? T(0x1.8p23) : T(0x1.8p52);
+  // ln 2 in two parts, the first with so few bits that its products with n are exact.
+  constexpr T log2 = T(0x1.62e42fefa39efp-1);
+  constexpr T high = single ? T(0x1.62ep-1) : T(0x1.62e42fee00000p-1);
+  constexpr T low = T(single ? 0x1.0bfbe8e7bcd5ep-15 : 0x1.a39ef35793c76p-33);
+  constexpr int mantissa = single ? 23 : 52, terms = single ? 7 : 13;
+  V in_range = x > most ? V{} + most : x;
+  in_range = in_range < least ? V{} + least : in_range;
+  const V shifted = in_range * (1 / log2) + round;
+  const V n = shifted - round;
+  const V r = (in_range - n * high) - n * low;
+  V sum = V{} + T(1);
+  for (int k = terms; k > 0; --k) sum = sum * r * (T(1) / static_cast<T>(k)) + T(1);
+  const V result = (V)((Integers)sum + ((Integers)shifted << mantissa));
+  const V large = x > most ? V{} + static_cast<T>(__builtin_inf()) : result;
+  return x < least ? V{} : large;
+}
+#endif
+
 // Epilogues: value(z) of the normalised z, and the gradient at z for the gradient g at value(z), of
 // scalars or vectors; linear: value(z) = z. NaN stays NaN. Gated: the gradient is g where
-// passes(z), and g leak(slope) elsewhere, so that one bit is enough to know it.
+// passes(z), and g leak(slope) elsewhere, so that one bit is enough to know it. Cheap: a few
+// instructions.
 namespace epilogue {
 namespace {
 struct none {
-  static constexpr bool linear = true, gated = false;
+  static constexpr bool linear = true, gated = false, cheap = true;
   template <class X, class T>
   BNEXT_HD static X value(X z, T) {
     return z;
@@ -108,8 +148,9 @@ struct none {
     return g;
   }
 };
+
 struct relu {
-  static constexpr bool linear = false, gated = true;
+  static constexpr bool linear = false, gated = true, cheap = true;
   template <class X, class T>
   BNEXT_HD static X value(X z, T) {
     return z <= X{} ? X{} : z;
@@ -128,7 +169,7 @@ struct relu {
   }
 };
 struct leaky_relu {
-  static constexpr bool linear = false, gated = true;
+  static constexpr bool linear = false, gated = true, cheap = true;
   template <class X, class T>
   BNEXT_HD static X value(X z, T slope) {
     return z > X{} ? z : z * slope;
@@ -144,6 +185,82 @@ struct leaky_relu {
   template <class T>
   BNEXT_HD static T leak(T slope) {
     return slope;
+  }
+};
+struct relu6 {
+  static constexpr bool linear = false, gated = true, cheap = true;
+  template <class X, class T>
+  BNEXT_HD static X value(X z, T slope) {
+    const X six = X{} + 6, positive = relu::value(z, slope);
+    return positive > six ? six : positive;
+  }
+  template <class X, class T>
+  BNEXT_HD static X gradient(X g, X z, T) {
+    return z <= X{} ? X{} : z >= X{} + 6 ? X{} : g;
+  }
+  template <class X>
+  BNEXT_HD static auto passes(X z) {
+    return (z > X{}) & (z < X{} + 6);
+  }
+  template <class T>
+  BNEXT_HD static T leak(T) {
+    return 0;
+  }
+};
+// Howard et al., 2019, "Searching for MobileNetV3", eq. 4.
+struct hardswish {
+  static constexpr bool linear = false, gated = false, cheap = false;
+  template <class X, class T>
+  BNEXT_HD static X value(X z, T slope) {
+    return z * relu6::value(z + 3, slope) * (T{1} / 6);
+  }
+  template <class X, class T>
+  BNEXT_HD static X gradient(X g, X z, T) {
+    return z <= X{} - 3 ? X{} : z >= X{} + 3 ? g : g * (z * (T{1} / 3) + T{0.5});
+  }
+};
+// Elfwing et al., 2018, "Sigmoid-weighted linear units for neural network function approximation".
+struct silu {
+  static constexpr bool linear = false, gated = false, cheap = false;
+  template <class X>
+  BNEXT_HD static X sigmoid(X z) {
+    return 1 / (1 + exponential(-z));
+  }
+  template <class X, class T>
+  BNEXT_HD static X value(X z, T) {
+    return z * sigmoid(z);
+  }
+  template <class X, class T>
+  BNEXT_HD static X gradient(X g, X z, T) {
+    const X s = sigmoid(z);
+    return g * (s + z * s * (1 - s));
+  }
+};
+// Hendrycks & Gimpel, 2016, "Gaussian error linear units", the approximation by tanh:
+// z (1 + tanh u) / 2 = z sigmoid(2 u).
+struct gelu {
+  static constexpr bool linear = false, gated = false, cheap = false;
+  static constexpr double twice_root = 1.5957691216057308, cubic = 0.044715;  // 2 sqrt(2 / pi)
+  // 2 u of z, of a size that its cube does not overflow: the sigmoid is 0 or 1 long before.
+  template <class X, class T>
+  BNEXT_HD static X argument(X z, T) {
+    return z * (z * z * static_cast<T>(twice_root * cubic) + static_cast<T>(twice_root));
+  }
+  template <class X, class T>
+  BNEXT_HD static X limited(X z, T) {
+    const X most = X{} + T{50};
+    return z > most ? most : z < -most ? -most : z;
+  }
+  template <class X, class T>
+  BNEXT_HD static X value(X z, T slope) {
+    return z * silu::sigmoid(argument(limited(z, slope), slope));
+  }
+  template <class X, class T>
+  BNEXT_HD static X gradient(X g, X z, T slope) {
+    const X x = limited(z, slope), s = silu::sigmoid(argument(x, slope));
+    const X derivative =
+        x * x * static_cast<T>(3 * twice_root * cubic) + static_cast<T>(twice_root);
+    return g * (s + x * s * (1 - s) * derivative);
   }
 };
 }  // namespace

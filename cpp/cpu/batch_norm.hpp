@@ -10,16 +10,6 @@
 namespace bnext {
 namespace {
 
-// In place of an epilogue: whatever the fusion says, in stretches, where the others stay in
-// registers.
-struct staged {
-  static constexpr bool linear = true;  // what the loops read has been through it
-};
-template <class Epilogue>
-constexpr bool is_staged = false;
-template <>
-constexpr bool is_staged<staged> = true;
-
 // -- sums -----------------------------------------------------------------------------------------
 
 // Sums of x - center and of its square.
@@ -27,22 +17,24 @@ struct ShiftedSums {
   double total, squares;
 };
 
-// float32 needs no center as a rule: products of two floats are exact in float64, and what cancels
-// in sum x^2 - (sum x)^2 / n is at most 30 of its 53 bits. Where more would, the sums are made
-// again around the mean. float64 has no such reserve and is always centered.
-template <class T>
-constexpr bool exact_products = sizeof(T) == 4;
+// float32 and what is less need no center as a rule: their products are exact in float64, and what
+// cancels in sum x^2 - (sum x)^2 / n is at most 30 of its 53 bits. Where more would, the sums are
+// made again around the mean. float64 has no such reserve and is always centered.
+template <class S>
+constexpr bool exact_products = sizeof(S) <= 4;
 
 // The center that sums of `count` values around zero ask for; 0 if they are good enough.
-template <class T>
+template <class S>
 double wanted_center(const ShiftedSums& s, double count) {
   const bool good = s.squares - s.total * (s.total / count) > 1e-9 * s.squares;
-  return good ? 0 : static_cast<double>(static_cast<T>(s.total / count));
+  return good ? 0 : static_cast<double>(static_cast<Compute<S>>(s.total / count));
 }
 
 // Accumulates packs of one channel.
-template <class T, bool centered>
+template <class S, bool centered>
 struct MomentSums {
+  // Packs that are added at once: where a run is split, it is after a multiple of them.
+  static constexpr std::int64_t unit = 2;
   Pack<double> center, total, even, odd;
 
   MomentSums() = default;  // leaves everything undefined
@@ -50,11 +42,11 @@ struct MomentSums {
       : center(broadcast(center_)), total{}, even{}, odd{} {}
 
   // `count` packs at p.
-  BNEXT_INLINE void add(const T* p, std::int64_t count) {
+  BNEXT_INLINE void add(const S* p, std::int64_t count, Ones ones) {
     std::int64_t k = 0;
     for (; k + 2 <= count; k += 2, p += 2 * lanes) {
       const Pack<double> a = shifted(load_wide(p)), b = shifted(load_wide(p + lanes));
-      total = total + (a + b);
+      total = add_by_multiplying(a + b, ones, total);
       even = square_add(a, even);
       odd = square_add(b, odd);
     }
@@ -64,6 +56,12 @@ struct MomentSums {
     const Pack<double> a = shifted(x);
     total = total + a;
     even = square_add(a, even);
+  }
+  // The first `count` values of a pack.
+  BNEXT_INLINE void add_first(const S* p, std::int64_t count) {
+    Pack<double> x = widen(load_first(p, count));
+    if constexpr (centered) x = first_lanes_of(x, count, center);
+    add(x);
   }
   // Rows of the same columns: one sum of squares, not two.
   BNEXT_INLINE void add(Pack<double> x, Pack<double> y) {
@@ -85,24 +83,26 @@ struct MomentSums {
 };
 
 // Accumulates gradients g and g x, or g (x - mean) where products are not exact.
-template <class T>
+template <class S>
 struct GradientSums {
+  static constexpr std::int64_t unit = 2;
   Pack<double> mean, total, even, odd;
 
   GradientSums() = default;  // leaves everything undefined
   explicit BNEXT_INLINE GradientSums(double mean_)
       : mean(broadcast(mean_)), total{}, even{}, odd{} {}
 
-  // Packs [k, end) of values x and of gradients, which gradients(k) reads.
-  template <class Gradients>
-  BNEXT_INLINE void add(const T* x, std::int64_t k, std::int64_t end, Gradients gradients) {
+  // Packs [k, end) of the values and of their gradients, which values(k) and gradients(k) read.
+  template <class Values, class Gradients>
+  BNEXT_INLINE void add(std::int64_t k, std::int64_t end, Values values, Gradients gradients,
+                        Ones ones) {
     for (; k + 2 <= end; k += 2) {
       const Pack<double> a = gradients(k), b = gradients(k + 1);
-      total = total + (a + b);
-      even = product_add(a, load_wide(x + k * lanes), even);
-      odd = product_add(b, load_wide(x + (k + 1) * lanes), odd);
+      total = add_by_multiplying(a + b, ones, total);
+      even = product_add(a, values(k), even);
+      odd = product_add(b, values(k + 1), odd);
     }
-    if (k < end) add(gradients(k), load_wide(x + k * lanes));
+    if (k < end) add(gradients(k), values(k));
   }
   BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
     total = total + g;
@@ -113,28 +113,55 @@ struct GradientSums {
     return centered_sums(sum(total), sum(even + odd), of_mean);
   }
   static BNEXT_INLINE GradSums centered_sums(double g, double gx, double of_mean) {
-    return {g, exact_products<T> ? gx - of_mean * g : gx};
+    return {g, exact_products<S> ? gx - of_mean * g : gx};
   }
   BNEXT_INLINE Pack<double> product_add(Pack<double> g, Pack<double> x, Pack<double> sum) const {
-    if constexpr (exact_products<T>) return multiply_add(g, x, sum);
+    if constexpr (exact_products<S>) return multiply_add(g, x, sum);
     return g * (x - mean) + sum;
   }
 };
 
-// The gradients at the normalised values, as doubles, for gradients g at the results and values x.
-template <class Epilogue, class T>
-BNEXT_INLINE Pack<double> through_epilogue(Pack<T> g, Pack<T> x, const Affine<Pack<T>>& f,
-                                           T slope) {
-  if constexpr (Epilogue::linear) {
-    return widen(g);
-  } else {
-    using V = typename Native<T>::type;
-    return widen(each_vector(
-        [slope](V g_, V x_, V mean, V scale, V shift) __attribute__((always_inline)) {
-          return Epilogue::gradient(g_, apply(Affine<V>{mean, scale, shift}, x_), slope);
-        },
-        g, x, f.mean, f.scale, f.shift));
-  }
+// What the loops go by, of sixteen values or the first `count` of them.
+template <class Run, class S>
+BNEXT_INLINE Pack<double> values_of(const Run& run, const S* x) {
+  if constexpr (!Run::invertible) return load_wide(x);
+  return widen(Access<Pack<Compute<S>>>::each(
+      0, [&](std::int64_t k)
+             __attribute__((always_inline)) { return run.input(load_values(x + k)); }));
+}
+template <class Run, class S>
+BNEXT_INLINE Pack<double> values_of_first(const Run& run, const S* x, std::int64_t count) {
+  return widen(
+      Access<Pack<Compute<S>>>::each(0, [&](std::int64_t k) __attribute__((always_inline)) {
+        return run.input(load_values_first(x + k, count - k));
+      }));
+}
+
+// The gradients at the normalised values of the sixteen elements from i on, as doubles. f gives the
+// coefficients of a place, g and x point to gradients at results and to values.
+template <class Run, class S, class Coefficients>
+BNEXT_INLINE Pack<double> gradients_of(const Run& run, const S* g, const S* x, std::int64_t i,
+                                       Coefficients f) {
+  return widen(
+      Access<Pack<Compute<S>>>::each(i, [&](std::int64_t k) __attribute__((always_inline)) {
+        const Place<S> at{k};
+        return run.gradient(at(g), at, [&]() __attribute__((always_inline)) {
+          return apply(f(at), run.input(at(x)));
+        });
+      }));
+}
+// Of the first `count` of them, zero for the others.
+template <class Run, class S, class Coefficients>
+BNEXT_INLINE Pack<double> gradients_of_first(const Run& run, const S* g, const S* x, std::int64_t i,
+                                             std::int64_t count, Coefficients f) {
+  return widen(
+      Access<Pack<Compute<S>>>::each(i, [&](std::int64_t k) __attribute__((always_inline)) {
+        const PartialPlace<S> at{k, i + count - k};
+        const auto all = run.gradient(at(g), at, [&]() __attribute__((always_inline)) {
+          return apply(f(at), run.input(at(x)));
+        });
+        return first_lanes_of(all, at.count, decltype(all){});
+      }));
 }
 
 // -- rows: some channels, in runs of contiguous values --------------------------------------------
@@ -150,20 +177,28 @@ struct Runs {
         blocks(grid.last_row(chunk) - grid.first_row(chunk)),
         between_channels(grid.problem.s),
         between_samples(grid.problem.c * grid.problem.s),
+        pieces(grid.pieces),
+        first_number((grid.first_row(chunk) * grid.problem.c + first_channel) * grid.pieces +
+                     chunk % grid.pieces),
+        channels_in_all(grid.problem.c),
         start(grid.first_row(chunk) * between_samples + first_channel * between_channels +
               grid.first_value(chunk)) {}
 
   std::int64_t offset(std::int64_t block, std::int64_t channel) const {
     return start + block * between_samples + channel * between_channels;
   }
+  // Among the runs of all tiles.
+  std::int64_t number(std::int64_t block, std::int64_t channel) const {
+    return first_number + (block * channels_in_all + channel) * pieces;
+  }
   std::int64_t values() const { return blocks * length; }  // of each channel
-  // Calls body(first, last, channel) for the runs of a channel in some samples, and for all
-  // channels before it goes on to the next samples: few streams of memory, and few times that the
-  // sums of a channel are taken up and put down.
+  // Calls body(block, channel) for the runs of a channel in `some` samples, and for all channels
+  // before it goes on to the next samples: few streams of memory.
   template <class Body>
   BNEXT_INLINE void each_some(std::int64_t some, Body body) const {
-    for (std::int64_t b = 0; b < blocks; b += some)
-      for (std::int64_t c = 0; c < channels; ++c) body(b, b + some < blocks ? b + some : blocks, c);
+    for (std::int64_t first = 0; first < blocks; first += some)
+      for (std::int64_t c = 0; c < channels; ++c)
+        for (std::int64_t b = first; b < blocks && b < first + some; ++b) body(b, c);
   }
   // Whether the line in which the run of a channel ends goes on in that of the next channel.
   template <class T>
@@ -173,7 +208,7 @@ struct Runs {
   // What the end of a block is followed by, going forwards.
   template <class T>
   Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
-    if (!grid.fetch_ahead) return {nullptr, nullptr};
+    if (!grid.fetch_ahead || x == nullptr) return {nullptr, nullptr};
     const T* end = x + offset(block, channels - 1) + length;
     return {end, block + 1 < blocks ? x + offset(block + 1, 0) : end};
   }
@@ -186,313 +221,358 @@ struct Runs {
   }
 
  private:
-  std::int64_t between_channels, between_samples, start;
-};
-
-// The tile that the second pass over this one fetches on the way, so that memory does not only take
-// results: in the next group, and in the mirrored place, since the first pass over it goes forwards
-// and the second pass over this one backwards.
-class NextTile {
- public:
-  NextTile(const Grid& grid, std::int64_t group, std::int64_t chunk)
-      : exists_(grid.fetch_next && group + 1 < grid.groups),
-        runs_(grid, exists_ ? group + 1 : group, grid.chunks - 1 - chunk) {}
-
-  // What lies there in the place of the run of `channel` in `block`.
-  template <class T>
-  BNEXT_INLINE Next<T> next(const T* x, std::int64_t block, std::int64_t channel) const {
-    const std::int64_t mirrored = runs_.blocks - 1 - block;
-    if (!exists_ || mirrored < 0 || channel >= runs_.channels) return {nullptr};
-    return {x + runs_.offset(mirrored, channel)};
-  }
-
- private:
-  bool exists_;
-  Runs runs_;
+  std::int64_t between_channels, between_samples, pieces, first_number, channels_in_all, start;
 };
 
 // Where nothing has fetched a run before the only or the second pass over it.
 template <class T>
 Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
-  if (!grid.fetch_ahead || grid.fetch_next) return {nullptr, nullptr};
+  if (!grid.fetch_ahead) return {nullptr, nullptr};
   return {run + length, run + length};
 }
 
-// Values between two looks ahead.
-constexpr std::int64_t stretch = 128;
+// The sums of a tile, run after run: all at once, or a bit at a time on the way of something else.
+// The runs of a channel must come in the order of their blocks.
+template <class S, bool centered>
+class MomentTile {
+ public:
+  using Sums = MomentSums<S, centered>;
 
-template <class T, bool centered>
-void shifted_sums_rows(const Grid& grid, const Runs& runs, const T* x, const double* center,
-                       ShiftedSums* sums) {
-  MomentSums<T, centered> channel_sums[Grid::max_group_channels];
-  for (std::int64_t c = 0; c < runs.channels; ++c)
-    channel_sums[c] = MomentSums<T, centered>(centered ? center[c] : 0);
-  runs.each_some(grid.fetch_ahead ? 4 : 16,
-                 [&](std::int64_t first, std::int64_t last, std::int64_t c) {
-                   MomentSums<T, centered> s = channel_sums[c];
-                   for (std::int64_t b = first; b < last; ++b) {
-                     const T* run = x + runs.offset(b, c);
-                     const Ahead<T> ahead = runs.ahead(grid, x, b);
-                     std::int64_t i = 0;
-                     for (; grid.fetch_ahead && i + stretch <= runs.length; i += stretch) {
-                       ahead.fetch(run + i, stretch);
-                       s.add(run + i, stretch / lanes);
-                     }
-                     const std::int64_t count = runs.length - i, rest = count % lanes;
-                     ahead.fetch(run + i, count);
-                     s.add(run + i, count / lanes);
-                     if (rest > 0)
-                       s.add(widen(load_first(run + runs.length - rest, rest,
-                                              static_cast<T>(centered ? center[c] : 0))));
-                   }
-                   channel_sums[c] = s;
-                 });
-  for (std::int64_t c = 0; c < runs.channels; ++c) sums[c] = channel_sums[c].sums();
-}
+  // Around `centers`, or, if that is null and a center is needed, around the first value.
+  MomentTile(const Grid& grid, const Runs& runs, const S* x, const double* centers)
+      : grid_(grid), runs_(runs), x_(x), ones_(ones_not_known_to_the_compiler()) {
+    for (std::int64_t c = 0; c < runs_.channels; ++c) {
+      centers_[c] = 0;
+      if constexpr (centered) {
+        if (centers != nullptr)
+          centers_[c] = centers[c];
+        else if constexpr (!exact_products<S>)
+          centers_[c] = static_cast<double>(x[runs_.offset(0, c)]);
+      }
+      sums_[c] = Sums(centers_[c]);
+    }
+  }
 
-template <class T>
-void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
+  // One run, of which the values before `i` have been added.
+  struct Run {
+    Sums sums;
+    Sums* home;  // null: there is no such run
+    const S* from;
+    std::int64_t i, length;
+    Ahead<S> ahead;
+    Ones ones;
+
+    // Whole steps.
+    BNEXT_INLINE void add_until(std::int64_t end) {
+      constexpr std::int64_t step = Sums::unit * lanes;
+      if (end > length) end = length;
+      for (; i + step <= end; i += step) {
+        ahead.fetch(from + i, step);
+        sums.add(from + i, Sums::unit, ones);
+      }
+    }
+    BNEXT_INLINE void finish() {
+      if (home == nullptr) return;
+      add_until(length);
+      const std::int64_t rest = (length - i) % lanes;
+      if (i < length) ahead.fetch(from + i, length - i);
+      sums.add(from + i, (length - i) / lanes, ones);
+      if (rest > 0) sums.add_first(from + length - rest, rest);
+      *home = sums;
+    }
+  };
+  BNEXT_INLINE Run run(std::int64_t block, std::int64_t channel) {
+    if (block >= runs_.blocks || channel >= runs_.channels)
+      return {sums_[0], nullptr, x_, 0, 0, {nullptr, nullptr}, ones_};
+    return {sums_[channel],
+            &sums_[channel],
+            x_ + runs_.offset(block, channel),
+            0,
+            runs_.length,
+            runs_.ahead(grid_, x_, block),
+            ones_};
+  }
+  void add_all() {
+    runs_.each_some(grid_.fetch_ahead ? 4 : 16,
+                    [&](std::int64_t b, std::int64_t c) { run(b, c).finish(); });
+  }
+  void add_blocks_from(std::int64_t block) {
+    for (; block < runs_.blocks; ++block)
+      for (std::int64_t c = 0; c < runs_.channels; ++c) run(block, c).finish();
+  }
+  void store(std::int64_t chunk, Moments* partials) const {
+    const auto count = static_cast<double>(runs_.values());
+    ShiftedSums sums[Grid::max_group_channels];
+    double center[Grid::max_group_channels];
+    bool again = false;
+    for (std::int64_t c = 0; c < runs_.channels; ++c) {
+      sums[c] = sums_[c].sums();
+      center[c] = centered ? centers_[c] : wanted_center<S>(sums[c], count);
+      again |= !(center[c] == 0);
+    }
+    if constexpr (!centered)
+      if (again) {
+        MomentTile<S, true> tile(grid_, runs_, x_, center);
+        tile.add_all();
+        // What one channel needs changes nothing in another.
+        for (std::int64_t c = 0; c < runs_.channels; ++c)
+          if (!(center[c] == 0)) sums[c] = tile.sums(c);
+      }
+    for (std::int64_t c = 0; c < runs_.channels; ++c)
+      partials[chunk * grid_.problem.c + runs_.first_channel + c] =
+          moments_from_shifted(count, center[c], sums[c].total, sums[c].squares);
+  }
+  ShiftedSums sums(std::int64_t channel) const { return sums_[channel].sums(); }
+
+ private:
+  const Grid& grid_;
+  const Runs runs_;
+  const S* x_;
+  Ones ones_;
+  double centers_[Grid::max_group_channels];
+  Sums sums_[Grid::max_group_channels];
+};
+
+// In place of a tile to be summed on the way, where there is none.
+struct NoTile {
+  struct Run {
+    BNEXT_INLINE void add_until(std::int64_t) {}
+    BNEXT_INLINE void finish() {}
+  };
+  BNEXT_INLINE Run run(std::int64_t, std::int64_t) { return {}; }
+  void add_blocks_from(std::int64_t) {}
+};
+
+template <class S>
+using FirstMomentTile = MomentTile<S, !exact_products<S>>;
+
+template <class S>
+void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
                   Moments* partials) {
-  const Runs runs(grid, group, chunk);
-  const auto count = static_cast<double>(runs.values());
-  double center[Grid::max_group_channels];
-  ShiftedSums sums[Grid::max_group_channels], centered[Grid::max_group_channels];
-  bool again = !exact_products<T>;
-  if constexpr (exact_products<T>) shifted_sums_rows<T, false>(grid, runs, x, center, sums);
-  for (std::int64_t c = 0; c < runs.channels; ++c) {
-    if constexpr (exact_products<T>)
-      center[c] = wanted_center<T>(sums[c], count);
-    else
-      center[c] = static_cast<double>(x[runs.offset(0, c)]);
-    again |= !(center[c] == 0);
-  }
-  if (again) shifted_sums_rows<T, true>(grid, runs, x, center, centered);
-  for (std::int64_t c = 0; c < runs.channels; ++c) {
-    // What one channel needs changes nothing in another.
-    const ShiftedSums& s = exact_products<T> && center[c] == 0 ? sums[c] : centered[c];
-    partials[chunk * grid.problem.c + runs.first_channel + c] =
-        moments_from_shifted(count, center[c], s.total, s.squares);
-  }
+  FirstMomentTile<S> tile(grid, Runs(grid, group, chunk), x, nullptr);
+  tile.add_all();
+  tile.store(chunk, partials);
 }
 
-template <class T, class Epilogue>
-void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
-                const Affine<T>* forward, const Fusion& fusion, T* y) {
+// `next` is summed on the way: reads of the one tile and writes of the other share memory better
+// than either of them alone would use it, and it hides the time of the sums.
+template <class S, class Tail, class Tile>
+void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
+                const Affine<Compute<S>>* forward, const Fusion& fusion, S* y, Tile& next) {
   const Runs runs(grid, group, chunk);
-  const NextTile next_tile(grid, group, chunk);
-  const T slope = static_cast<T>(fusion.negative_slope);
-  SharedLine<T> shared;
+  Tail tail(fusion);
+  const auto* residual = static_cast<const S*>(fusion.residual);
+  SharedLine<S> shared;
   for (std::int64_t b = runs.blocks; b-- > 0;)
     for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const Affine<T> f = forward[runs.first_channel + c];
+      const Affine<Compute<S>> f = forward[runs.first_channel + c];
       const std::int64_t offset = runs.offset(b, c);
-      const Next<T> next = next_tile.next(x, b, c);
-      const T* from = x + offset;
-      const Ahead<T> ahead = within(grid, from, runs.length);
-      shared.continues = runs.lines_continue<T>(c);
-      write<1>(
+      const S* from = x + offset;
+      const Ahead<S> ahead = within(grid, from, runs.length);
+      auto run =
+          tail.run(offset, runs.length, runs.number(b, c), runs.ahead_backwards(residual, b));
+      auto summed = next.run(runs.blocks - 1 - b, c);
+      shared.continues = runs.lines_continue<S>(c);
+      write<1, !Tail::plain>(
           y + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return f; },
-          [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
-            return Epilogue::value(apply(affine, at(from)), slope);
-          },
-          [&](std::int64_t i, std::int64_t count) {
+          [&](const auto& affine, auto at, int)
+              __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
+          [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
             ahead.fetch(from + i, count);
-            next.fetch(i, count);
+            run.fetch(i, count);
+            run.ready(i + count);
+            summed.add_until(i + count);
           });
+      run.finish();
+      summed.finish();
     }
+  next.add_blocks_from(runs.blocks);
 }
 
-template <class T>
-void apply_rows_staged(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
-                       const Affine<T>* forward, const Fusion& fusion, T* y) {
+// The sums of gradients of a tile, as MomentTile.
+template <class S, class Tail>
+class GradTile {
+ public:
+  using Sums = GradientSums<S>;
+  using F = Affine<Compute<S>>;
+
+  GradTile(const Grid& grid, const Runs& runs, const S* grad_y, const S* x, const double* mean,
+           const F* forward, const Fusion& fusion)
+      : grid_(grid),
+        runs_(runs),
+        grad_y_(grad_y),
+        x_(x),
+        residual_(static_cast<const S*>(fusion.residual)),
+        mean_(mean + runs.first_channel),
+        forward_(forward + runs.first_channel),
+        ones_(ones_not_known_to_the_compiler()),
+        tail_(fusion) {
+    for (std::int64_t c = 0; c < runs_.channels; ++c) sums_[c] = Sums(mean_[c]);
+  }
+
+  struct Run {
+    typename Tail::Run tail;
+    Sums sums;
+    Sums* home;
+    F f;
+    const S *g, *x;
+    std::int64_t i, length;
+    Ahead<S> ahead_g, ahead_x;
+    Ones ones;
+
+    BNEXT_INLINE void add_until(std::int64_t end) {
+      constexpr std::int64_t step = Sums::unit * lanes;
+      if (end > length) end = length;
+      for (; i + step <= end; i += step) add(step);
+    }
+    BNEXT_INLINE void finish() {
+      if (home == nullptr) return;
+      add_until(length);
+      const std::int64_t rest = (length - i) % lanes, whole = length - i - rest;
+      if (whole > 0) {
+        add(whole);
+        i += whole;
+      }
+      if (rest > 0) {
+        tail.ready(length);
+        const F coefficients = f;
+        sums.add(gradients_of_first(tail, g, x, i, rest, [&](auto) { return coefficients; }),
+                 values_of_first(tail, x + i, rest));
+      }
+      tail.finish();
+      *home = sums;
+    }
+
+   private:
+    BNEXT_INLINE void add(std::int64_t count) {
+      if constexpr (Tail::plain)
+        add_here(count);
+      else
+        add_once(count);
+    }
+    __attribute__((noinline)) void add_once(std::int64_t count) { add_here(count); }
+    BNEXT_INLINE void add_here(std::int64_t count) {
+      ahead_g.fetch(g + i, count);
+      ahead_x.fetch(x + i, count);
+      tail.fetch(i, count);
+      tail.ready(i + count);
+      const F coefficients = f;
+      sums.add(
+          i / lanes, (i + count) / lanes,
+          [&](std::int64_t k)
+              __attribute__((always_inline)) { return values_of(tail, x + k * lanes); },
+          [&](std::int64_t k) __attribute__((always_inline)) {
+            if constexpr (Tail::linear)
+              return load_wide(g + k * lanes);
+            else
+              return gradients_of(tail, g, x, k * lanes, [&](auto) { return coefficients; });
+          },
+          ones);
+    }
+  };
+  BNEXT_INLINE Run run(std::int64_t block, std::int64_t channel) {
+    const bool exists = block < runs_.blocks && channel < runs_.channels;
+    if (!exists) block = channel = 0;
+    const std::int64_t offset = runs_.offset(block, channel);
+    return {tail_.run(offset, runs_.length, runs_.number(block, channel),
+                      runs_.ahead(grid_, residual_, block)),
+            sums_[channel],
+            exists ? &sums_[channel] : nullptr,
+            forward_[channel],
+            grad_y_ + offset,
+            x_ + offset,
+            0,
+            exists ? runs_.length : 0,
+            runs_.ahead(grid_, grad_y_, block),
+            runs_.ahead(grid_, x_, block),
+            ones_};
+  }
+  void add_all() {
+    // In the order of memory if masks are drawn, for some runs at once.
+    runs_.each_some(Tail::plain ? grid_.fetch_ahead ? 4 : 16 : 1,
+                    [&](std::int64_t b, std::int64_t c) { run(b, c).finish(); });
+  }
+  void add_blocks_from(std::int64_t block) {
+    for (; block < runs_.blocks; ++block)
+      for (std::int64_t c = 0; c < runs_.channels; ++c) run(block, c).finish();
+  }
+  void store(std::int64_t chunk, GradSums* partials) const {
+    for (std::int64_t c = 0; c < runs_.channels; ++c)
+      partials[chunk * grid_.problem.c + runs_.first_channel + c] = sums_[c].sums(mean_[c]);
+  }
+
+ private:
+  const Grid& grid_;
+  const Runs runs_;
+  const S *grad_y_, *x_, *residual_;
+  const double* mean_;
+  const F* forward_;
+  Ones ones_;
+  Tail tail_;
+  Sums sums_[Grid::max_group_channels];
+};
+
+template <class S, class Tail>
+void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
+                    const S* x, const double* mean, const Affine<Compute<S>>* forward,
+                    const Fusion& fusion, GradSums* partials) {
+  GradTile<S, Tail> tile(grid, Runs(grid, group, chunk), grad_y, x, mean, forward, fusion);
+  tile.add_all();
+  tile.store(chunk, partials);
+}
+
+// Writes a gradient that is a result of its own on the way to another.
+template <class S, class V, class P>
+BNEXT_INLINE void write_also(S* to, V v, P at, bool streaming) {
+  if (to == nullptr) return;
+  if (streaming)
+    at.stream(v, to);
+  else
+    at.write(v, to);
+}
+
+template <class S, class Tail, class Tile>
+void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
+                     const S* x, const Affine<Compute<S>>* forward,
+                     const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
+                     S* grad_residual, Tile& next) {
   const Runs runs(grid, group, chunk);
-  const NextTile next_tile(grid, group, chunk);
-  Stage<T> stage(fusion);
-  const auto* residual = static_cast<const T*>(fusion.residual);
-  alignas(64) T z[stage_length];
-  SharedLine<T> shared;
+  Tail tail(fusion);
+  const auto* residual = static_cast<const S*>(fusion.residual);
+  SharedLine<S> shared;
   for (std::int64_t b = runs.blocks; b-- > 0;)
     for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const Affine<T> f = forward[runs.first_channel + c];
-      const Next<T> next = next_tile.next(x, b, c);
-      const Ahead<T> ahead = within(grid, x + runs.offset(b, c), runs.length);
-      // Nothing has read the residual before.
-      const Ahead<T> ahead_residual = runs.ahead_backwards(residual, b);
-      for (std::int64_t i = 0, count; i < runs.length; i += count) {
-        const std::int64_t offset = runs.offset(b, c) + i;
-        const T* from = x + offset;
-        count = stage_count(y + offset, runs.length - i);
-        ahead.fetch(from, count);
-        if (residual != nullptr) ahead_residual.fetch(residual + offset, count);
-        each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
-          at.write(apply(f, at(from)), z);
-        });
-        stage.forward(z, offset, count);
-        shared.continues = i + count == runs.length && runs.lines_continue<T>(c);
-        write_staged(z, y + offset, count, grid.streaming, &shared,
-                     [&](std::int64_t k, std::int64_t n) { next.fetch(i + k, n); });
-      }
-    }
-}
-
-template <class T, class Epilogue>
-void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                    const T* x, const double* mean, const Affine<T>* forward, const Fusion& fusion,
-                    GradSums* partials) {
-  const Runs runs(grid, group, chunk);
-  const T slope = static_cast<T>(fusion.negative_slope);
-  mean += runs.first_channel;
-  forward += runs.first_channel;
-  GradientSums<T> channel_sums[Grid::max_group_channels];
-  for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
-  runs.each_some(
-      grid.fetch_ahead ? 4 : 16, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
-        const Affine<T> f = forward[c];
-        const Affine<Pack<T>> packs{broadcast(f.mean), broadcast(f.scale), broadcast(f.shift)};
-        GradientSums<T> s = channel_sums[c];
-        for (std::int64_t b = first; b < last; ++b) {
-          const std::int64_t offset = runs.offset(b, c);
-          const T *g = grad_y + offset, *values = x + offset;
-          const Ahead<T> ahead_g = runs.ahead(grid, grad_y, b), ahead_x = runs.ahead(grid, x, b);
-          const auto gradients = [&](std::int64_t k) __attribute__((always_inline)) {
-            if constexpr (Epilogue::linear) return load_wide(g + k * lanes);
-            return through_epilogue<Epilogue>(load(g + k * lanes), load(values + k * lanes), packs,
-                                              slope);
-          };
-          const std::int64_t whole = runs.length / lanes, rest = runs.length % lanes;
-          std::int64_t k = 0;
-          for (; grid.fetch_ahead && k + stretch / lanes <= whole; k += stretch / lanes) {
-            ahead_g.fetch(g + k * lanes, stretch);
-            ahead_x.fetch(values + k * lanes, stretch);
-            s.add(values, k, k + stretch / lanes, gradients);
-          }
-          ahead_g.fetch(g + k * lanes, runs.length - k * lanes);
-          ahead_x.fetch(values + k * lanes, runs.length - k * lanes);
-          s.add(values, k, whole, gradients);
-          if (rest > 0) {
-            const Pack<T> last_x = load_first(values + whole * lanes, rest, f.mean);
-            const Pack<T> last_g = load_first(g + whole * lanes, rest, T{0});
-            s.add(through_epilogue<Epilogue>(last_g, last_x, packs, slope), widen(last_x));
-          }
-        }
-        channel_sums[c] = s;
-      });
-  for (std::int64_t c = 0; c < runs.channels; ++c)
-    partials[chunk * grid.problem.c + runs.first_channel + c] = channel_sums[c].sums(mean[c]);
-}
-
-template <class T>
-void grad_sums_rows_staged(const Grid& grid, std::int64_t group, std::int64_t chunk,
-                           const T* grad_y, const T* x, const double* mean,
-                           const Affine<T>* forward, const Fusion& fusion, GradSums* partials) {
-  const Runs runs(grid, group, chunk);
-  mean += runs.first_channel;
-  forward += runs.first_channel;
-  Stage<T> stage(fusion);
-  alignas(64) T g[stage_length];
-  GradientSums<T> channel_sums[Grid::max_group_channels];
-  for (std::int64_t c = 0; c < runs.channels; ++c) channel_sums[c] = GradientSums<T>(mean[c]);
-  // In the order of memory, in which masks are drawn.
-  runs.each_some(1, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
-    const Affine<T> f = forward[c];
-    GradientSums<T> s = channel_sums[c];
-    for (std::int64_t b = first; b < last; ++b) {
-      for (std::int64_t i = 0; i < runs.length; i += stage_length) {
-        const std::int64_t count = runs.length - i < stage_length ? runs.length - i : stage_length;
-        const std::int64_t offset = runs.offset(b, c) + i, whole = count / lanes;
-        const T* values = x + offset;
-        // What is next in memory: between two stretches processors lose track of it.
-        fetch(grad_y + offset + count, stage_length);
-        fetch(values + count, stage_length);
-        copy(grad_y + offset, g, count);
-        stage.backward_first(g, offset, count, [&](auto at) __attribute__((always_inline)) {
-          return apply(f, at(values));
-        });
-        s.add(values, 0, whole, [&](std::int64_t k) __attribute__((always_inline)) {
-          return load_wide(g + k * lanes);
-        });
-        if (const std::int64_t rest = count % lanes; rest > 0)
-          s.add(widen(load_first(g + whole * lanes, rest, T{0})),
-                widen(load_first(values + whole * lanes, rest, f.mean)));
-      }
-    }
-    channel_sums[c] = s;
-  });
-  for (std::int64_t c = 0; c < runs.channels; ++c)
-    partials[chunk * grid.problem.c + runs.first_channel + c] = channel_sums[c].sums(mean[c]);
-}
-
-template <class T, class Epilogue>
-void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                     const T* x, const Affine<T>* forward, const GradAffine<T>* backward,
-                     const Fusion& fusion, T* grad_x, T*) {
-  const Runs runs(grid, group, chunk);
-  const T slope = static_cast<T>(fusion.negative_slope);
-  const NextTile next_tile(grid, group, chunk);
-  SharedLine<T> shared;
-  for (std::int64_t b = runs.blocks; b-- > 0;)
-    for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const Affine<T> f = forward[runs.first_channel + c];
-      const GradAffine<T> k = backward[runs.first_channel + c];
+      const Affine<Compute<S>> f = forward[runs.first_channel + c];
+      const GradAffine<Compute<S>> k = backward[runs.first_channel + c];
       const std::int64_t offset = runs.offset(b, c);
-      const Next<T> next_g = next_tile.next(grad_y, b, c), next_x = next_tile.next(x, b, c);
-      const T *g = grad_y + offset, *values = x + offset;
-      const Ahead<T> ahead_g = within(grid, g, runs.length);
-      const Ahead<T> ahead_x = within(grid, values, runs.length);
-      shared.continues = runs.lines_continue<T>(c);
-      write<1>(
+      const S *g = grad_y + offset, *values = x + offset;
+      S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
+      const Ahead<S> ahead_g = within(grid, g, runs.length);
+      const Ahead<S> ahead_x = within(grid, values, runs.length);
+      auto run =
+          tail.run(offset, runs.length, runs.number(b, c), runs.ahead_backwards(residual, b));
+      auto summed = next.run(runs.blocks - 1 - b, c);
+      shared.continues = runs.lines_continue<S>(c);
+      write<1, !Tail::plain>(
           grad_x + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return k; },
           [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
-            const auto v = at(values);
-            return apply(affine, Epilogue::gradient(at(g), apply(f, v), slope), v);
+            const auto v = run.input(at(values));
+            const auto through = run.gradient(
+                at(g), at, [&]() __attribute__((always_inline)) { return apply(f, v); });
+            write_also(also, through, at, grid.streaming);
+            return apply(affine, through, v);
           },
-          [&](std::int64_t i, std::int64_t count) {
+          [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
             ahead_g.fetch(g + i, count);
             ahead_x.fetch(values + i, count);
-            next_g.fetch(i, count);
-            next_x.fetch(i, count);
+            run.fetch(i, count);
+            run.ready(i + count);
+            summed.add_until(i + count);
           });
+      run.finish();
+      summed.finish();
     }
-}
-
-template <class T>
-void apply_grad_rows_staged(const Grid& grid, std::int64_t group, std::int64_t chunk,
-                            const T* grad_y, const T* x, const Affine<T>* forward,
-                            const GradAffine<T>* backward, const Fusion& fusion, T* grad_x,
-                            T* grad_residual) {
-  const Runs runs(grid, group, chunk);
-  const NextTile next_tile(grid, group, chunk);
-  Stage<T> stage(fusion);
-  alignas(64) T g[stage_length];
-  SharedLine<T> shared, shared_residual;
-  for (std::int64_t b = runs.blocks; b-- > 0;)
-    for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const Affine<T> f = forward[runs.first_channel + c];
-      const GradAffine<T> k = backward[runs.first_channel + c];
-      const Next<T> next_g = next_tile.next(grad_y, b, c), next_x = next_tile.next(x, b, c);
-      for (std::int64_t i = 0, count; i < runs.length; i += count) {
-        const std::int64_t offset = runs.offset(b, c) + i;
-        const T* values = x + offset;
-        count = stage_count(grad_x + offset, runs.length - i);
-        copy(grad_y + offset, g, count);
-        stage.backward_again(g, offset, count, [&](auto at) __attribute__((always_inline)) {
-          return apply(f, at(values));
-        });
-        shared.continues = i + count == runs.length && runs.lines_continue<T>(c);
-        shared_residual.continues = shared.continues;
-        if (grad_residual != nullptr)
-          write_staged(g, grad_residual + offset, count, grid.streaming, &shared_residual,
-                       [](std::int64_t, std::int64_t) {});
-        write<1>(
-            grad_x + offset, 0, count, grid.streaming, &shared, [&](auto) { return k; },
-            [&](const auto& affine, auto at, int)
-                __attribute__((always_inline)) { return apply(affine, at(g), at(values)); },
-            [&](std::int64_t n, std::int64_t length) {
-              next_g.fetch(i + n, length);
-              next_x.fetch(i + n, length);
-            });
-      }
-    }
+  next.add_blocks_from(runs.blocks);
 }
 
 // -- columns: some channels, as columns of a matrix -----------------------------------------------
@@ -545,7 +625,7 @@ BNEXT_INLINE void gather(const Grid& grid, const Columns& columns,
     Pack<double> total{};
     std::int64_t i = 0;
     for (; i + lanes <= s; i += lanes) total = total + load(columns_of + c * s + i);
-    if (i < s) total = total + load_first(columns_of + c * s + i, s - i, 0.0);
+    if (i < s) total = total + load_first(columns_of + c * s + i, s - i);
     sums[c] = sum(total);
   }
 }
@@ -572,10 +652,10 @@ BNEXT_INLINE void for_each_rows(const Grid& grid, const Columns& columns, std::i
 }
 
 // Rows [0, count) of sixteen columns, added to the columns' sums. `read` loads a pack.
-template <class T, bool centered, class Read>
+template <class S, bool centered, class Read>
 BNEXT_INLINE void add_columns(std::int64_t count, const double* center, Read read, double* total,
                               double* squares) {
-  MomentSums<T, centered> sums(0);
+  MomentSums<S, centered> sums(0);
   if constexpr (centered) sums.center = load(center);
   sums.total = load(total);
   sums.even = load(squares);
@@ -586,12 +666,12 @@ BNEXT_INLINE void add_columns(std::int64_t count, const double* center, Read rea
   store(sums.even, squares);
 }
 
-template <class T, bool centered>
-void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t chunk, const T* x,
+template <class S, bool centered>
+void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t chunk, const S* x,
                           const double* center, double* total, double* squares) {
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = squares[w] = 0;
   for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
-    const T* row = x + r * grid.width + columns.first;
+    const S* row = x + r * grid.width + columns.first;
     std::int64_t w = 0;
     for (; w + lanes <= width; w += lanes) {
       const auto read = [&](std::int64_t k) __attribute__((always_inline)) {
@@ -599,22 +679,22 @@ void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t
       };
       if (grid.fetch_rows) fetch(row + count * (width + w), count * lanes);
       if (count == row_block)
-        add_columns<T, centered>(row_block, center + w, read, total + w, squares + w);
+        add_columns<S, centered>(row_block, center + w, read, total + w, squares + w);
       else
-        add_columns<T, centered>(count, center + w, read, total + w, squares + w);
+        add_columns<S, centered>(count, center + w, read, total + w, squares + w);
     }
-    for (; w < width; ++w)
-      for (std::int64_t k = 0; k < count; ++k) {
-        double d = static_cast<double>(row[k * grid.width + w]);
-        if constexpr (centered) d -= center[w];
-        total[w] += d;
-        squares[w] += d * d;
-      }
+    if (w == width) return;
+    const auto read_rest = [&](std::int64_t k) {
+      const Pack<double> rest = widen(load_first(row + k * grid.width + w, width - w));
+      if constexpr (centered) return first_lanes_of(rest, width - w, load(center + w));
+      return rest;
+    };
+    add_columns<S, centered>(count, center + w, read_rest, total + w, squares + w);
   });
 }
 
-template <class T>
-void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
+template <class S>
+void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
                      Moments* partials) {
   const Columns columns(grid, group);
   double center[max_columns], total[max_columns], squares[max_columns];
@@ -624,30 +704,30 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
   const std::int64_t missing = columns.width - row_width(grid, columns, begin + rows - 1);
   const auto count = static_cast<double>((rows * columns.width - missing) / columns.channels);
 
-  bool again = !exact_products<T>;
-  if constexpr (exact_products<T>) {
-    shifted_sums_columns<T, false>(grid, columns, chunk, x, center, total, squares);
+  bool again = !exact_products<S>;
+  if constexpr (exact_products<S>) {
+    shifted_sums_columns<S, false>(grid, columns, chunk, x, center, total, squares);
     gather(grid, columns, total, sums);
     gather(grid, columns, squares, sumsqs);
     for (std::int64_t c = 0; c < columns.channels; ++c) {
-      centers[c] = wanted_center<T>({sums[c], sumsqs[c]}, count);
+      centers[c] = wanted_center<S>({sums[c], sumsqs[c]}, count);
       again |= !(centers[c] == 0);
     }
   } else {
     const std::int64_t step = grid.problem.channels_last ? 1 : grid.problem.s;
-    const T* head = x + begin * grid.width + columns.first;
+    const S* head = x + begin * grid.width + columns.first;
     for (std::int64_t c = 0; c < columns.channels; ++c)
       centers[c] = static_cast<double>(head[c * step]);
   }
   if (again) {
     spread(grid, columns, center, [&](std::int64_t c) { return centers[c]; });
     double centered_sums[Grid::max_group_width], centered_sumsqs[Grid::max_group_width];
-    shifted_sums_columns<T, true>(grid, columns, chunk, x, center, total, squares);
+    shifted_sums_columns<S, true>(grid, columns, chunk, x, center, total, squares);
     gather(grid, columns, total, centered_sums);
     gather(grid, columns, squares, centered_sumsqs);
     for (std::int64_t c = 0; c < columns.channels; ++c) {
       // What one channel needs changes nothing in another.
-      if (exact_products<T> && centers[c] == 0) continue;
+      if (exact_products<S> && centers[c] == 0) continue;
       sums[c] = centered_sums[c];
       sumsqs[c] = centered_sumsqs[c];
     }
@@ -670,11 +750,8 @@ struct ColumnAffine {
   }
 
   template <class Place>
-  BNEXT_INLINE Affine<typename Place::Vector> at(Place place) const {
+  BNEXT_INLINE Affine<Vector<T>> at(Place place) const {
     return {place(mean), place(scale), place(shift)};
-  }
-  BNEXT_INLINE Affine<Pack<T>> packs(std::int64_t w) const {
-    return {load(mean + w), load(scale + w), load(shift + w)};
   }
 };
 
@@ -693,7 +770,7 @@ struct ColumnGradAffine {
   }
 
   template <class Place>
-  BNEXT_INLINE GradAffine<typename Place::Vector> at(Place place) const {
+  BNEXT_INLINE GradAffine<Vector<T>> at(Place place) const {
     return {place(g_mean), place(g_scale), place(x_mean), place(x_scale), place(shift)};
   }
 };
@@ -712,67 +789,52 @@ struct Constant {
 };
 
 // Calls body(rows, r, width), rows a Constant, for the rows of a chunk from the last to the first:
-// some at once where their lines lie side by side.
-template <class T, class Body>
+// `together` at once where their lines lie side by side.
+template <class S, int together, class Body>
 BNEXT_INLINE void for_each_rows_backwards(const Grid& grid, const Columns& columns,
                                           std::int64_t chunk, Body body) {
-  constexpr int together = 4;
   const std::int64_t first = grid.first_row(chunk);
   std::int64_t r = grid.last_row(chunk);
   const std::int64_t end_width = row_width(grid, columns, r - 1);
   if (end_width != columns.width) body(Constant<1>{}, --r, end_width);
   // Rows a multiple of a page apart would get into each other's way in the cache.
-  if (grid.width % line_length<T> == 0 && grid.width % (64 * line_length<T>) != 0)
+  if (together > 1 && grid.width % line_length<S> == 0 && grid.width % (64 * line_length<S>) != 0)
     while (r - together >= first) body(Constant<together>{}, r -= together, columns.width);
   while (r > first) body(Constant<1>{}, --r, columns.width);
 }
 
-template <class T, class Epilogue>
-void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
-                   const Affine<T>* forward, const Fusion& fusion, T* y) {
+// How many rows are written at once, if each has nothing of its own but its values.
+template <class Tail>
+constexpr int rows_together = Tail::plain && !compact ? 4 : 1;
+
+template <class S, class Tail>
+void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
+                   const Affine<Compute<S>>* forward, const Fusion& fusion, S* y) {
   const Columns columns(grid, group);
-  const ColumnAffine<T> f(grid, columns, forward);
-  const T slope = static_cast<T>(fusion.negative_slope);
-  for_each_rows_backwards<T>(
+  const ColumnAffine<Compute<S>> f(grid, columns, forward);
+  Tail tail(fusion);
+  for_each_rows_backwards<S, rows_together<Tail>>(
       grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
         const std::int64_t offset = r * grid.width + columns.first;
-        const T* from = x + offset;
-        write<decltype(rows)::value>(
-            y + offset, grid.width, width, grid.streaming, no_shared_line<T>,
+        const S* from = x + offset;
+        auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
+        write<decltype(rows)::value, !Tail::plain>(
+            y + offset, grid.width, width, grid.streaming, no_shared_line<S>,
             [&](auto at) __attribute__((always_inline)) { return f.at(at); },
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
-              return Epilogue::value(apply(affine, at(from + row * grid.width)), slope);
+              return run.value(apply(affine, at(from + row * grid.width)), at);
             },
-            [](std::int64_t, std::int64_t) {});
+            [&](std::int64_t i, std::int64_t count) { run.ready(i + count); });
+        run.finish();
       });
 }
 
-template <class T>
-void apply_columns_staged(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
-                          const Affine<T>* forward, const Fusion& fusion, T* y) {
-  const Columns columns(grid, group);
-  const ColumnAffine<T> f(grid, columns, forward);
-  Stage<T> stage(fusion);
-  alignas(64) T z[max_columns];
-  for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
-    const std::int64_t offset = r * grid.width + columns.first;
-    const std::int64_t width = row_width(grid, columns, r);
-    const T* from = x + offset;
-    each_place<T>(0, width, [&](auto at) __attribute__((always_inline)) {
-      at.write(apply(f.at(at), at(from)), z);
-    });
-    stage.forward(z, offset, width);
-    write_staged(z, y + offset, width, grid.streaming, no_shared_line<T>,
-                 [](std::int64_t, std::int64_t) {});
-  }
-}
-
 // Rows [0, count) of sixteen columns of gradients and values, added to the columns' sums.
-template <class T, class ReadG, class ReadX>
+template <class S, class ReadG, class ReadX>
 BNEXT_INLINE void add_grad_columns(std::int64_t count, const double* mean, ReadG read_g,
                                    ReadX read_x, double* total, double* products) {
-  GradientSums<T> sums(0);
-  if constexpr (!exact_products<T>) sums.mean = load(mean);
+  GradientSums<S> sums(0);
+  if constexpr (!exact_products<S>) sums.mean = load(mean);
   sums.total = load(total);
   sums.even = load(products);
   for (std::int64_t k = 0; k < count; ++k) sums.add(read_g(k), read_x(k));
@@ -780,191 +842,158 @@ BNEXT_INLINE void add_grad_columns(std::int64_t count, const double* mean, ReadG
   store(sums.even, products);
 }
 
-// Gradients of some rows, staged where that is `needed`.
-template <class T, bool needed>
-struct StagedRows {
-  explicit StagedRows(const Fusion& fusion) : stage(fusion) {}
-
-  Stage<T> stage;
-  alignas(64) T values[row_block][max_columns];
-};
-template <class T>
-struct StagedRows<T, false> {
-  explicit StagedRows(const Fusion&) {}
-};
-
-// The normalised values of a row of columns.
-template <class T>
-BNEXT_INLINE auto normalised(const ColumnAffine<T>& f, const T* x) {
-  return [&f, x](auto at) __attribute__((always_inline)) { return apply(f.at(at), at(x)); };
-}
-
-template <class T, class Epilogue>
-void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                       const T* x, const double* mean, const Affine<T>* forward,
+template <class S, class Tail>
+void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
+                       const S* x, const double* mean, const Affine<Compute<S>>* forward,
                        const Fusion& fusion, GradSums* partials) {
   const Columns columns(grid, group);
-  const T slope = static_cast<T>(fusion.negative_slope);
   double center[max_columns], total[max_columns], products[max_columns],
       sums_g[Grid::max_group_width], sums_gx[Grid::max_group_width];
   mean += columns.first_channel;
-  if constexpr (!exact_products<T>)
+  if constexpr (!exact_products<S>)
     spread(grid, columns, center, [&](std::int64_t c) { return mean[c]; });
-  const ColumnAffine<T> f(grid, columns, forward);
+  const ColumnAffine<Compute<S>> f(grid, columns, forward);
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
-  StagedRows<T, is_staged<Epilogue>> staged_rows(fusion);
+  Tail tail(fusion);
 
   for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
-    const T* values = x + r * grid.width + columns.first;
-    const T* g = grad_y + r * grid.width + columns.first;
-    std::int64_t g_stride = grid.width;
-    if constexpr (is_staged<Epilogue>) {
-      for (std::int64_t k = 0; k < count; ++k) {
-        T* const row = staged_rows.values[k];
-        copy(g + k * grid.width, row, width);
-        staged_rows.stage.backward_first(row, (r + k) * grid.width + columns.first, width,
-                                         normalised(f, values + k * grid.width));
-      }
-      g = staged_rows.values[0];
-      g_stride = max_columns;
-    }
+    const std::int64_t first = r * grid.width + columns.first;
+    const S *values = x + first, *g = grad_y + first;
+    const auto run_of = [&](std::int64_t k) {
+      if (k >= count) k = 0;
+      return tail.run(first + k * grid.width, width, (r + k) * grid.groups + group,
+                      {nullptr, nullptr});
+    };
+    static_assert(row_block == 4);
+    typename Tail::Run runs[row_block] = {run_of(0), run_of(1), run_of(2), run_of(3)};
+    for (std::int64_t k = 0; k < count; ++k) runs[k].ready(width);
+    const auto coefficients = [&](auto at) __attribute__((always_inline)) { return f.at(at); };
     std::int64_t w = 0;
     const auto read_x = [&](std::int64_t k) __attribute__((always_inline)) {
-      return load_wide(values + k * grid.width + w);
+      return values_of(runs[k], values + k * grid.width + w);
     };
     const auto read_g = [&](std::int64_t k) __attribute__((always_inline)) {
-      const T* from = g + k * g_stride + w;
-      if constexpr (Epilogue::linear)
-        return load_wide(from);
+      const S* from = g + k * grid.width;
+      if constexpr (Tail::linear)
+        return load_wide(from + w);
       else
-        return through_epilogue<Epilogue>(load(from), load(values + k * grid.width + w), f.packs(w),
-                                          slope);
+        return gradients_of(runs[k], from, values + k * grid.width, w, coefficients);
     };
     for (; w + lanes <= width; w += lanes) {
       if (grid.fetch_rows) {
-        fetch(grad_y + r * grid.width + count * (width + w), count * lanes);
+        fetch(g + count * (width + w), count * lanes);
         fetch(values + count * (width + w), count * lanes);
       }
       if (count == row_block)
-        add_grad_columns<T>(row_block, center + w, read_g, read_x, total + w, products + w);
+        add_grad_columns<S>(row_block, center + w, read_g, read_x, total + w, products + w);
       else
-        add_grad_columns<T>(count, center + w, read_g, read_x, total + w, products + w);
+        add_grad_columns<S>(count, center + w, read_g, read_x, total + w, products + w);
     }
     if (w == width) return;
-    const auto rest_x = [&](std::int64_t k) {
-      return load_first(values + k * grid.width + w, width - w, T{0});
-    };
-    add_grad_columns<T>(
+    add_grad_columns<S>(
         count, center + w,
         [&](std::int64_t k) {
-          const Pack<T> rest_g = load_first(g + k * g_stride + w, width - w, T{0});
-          return through_epilogue<Epilogue>(rest_g, rest_x(k), f.packs(w), slope);
+          return gradients_of_first(runs[k], g + k * grid.width, values + k * grid.width, w,
+                                    width - w, coefficients);
         },
-        [&](std::int64_t k) { return widen(rest_x(k)); }, total + w, products + w);
+        [&](std::int64_t k) {
+          return values_of_first(runs[k], values + k * grid.width + w, width - w);
+        },
+        total + w, products + w);
   });
   gather(grid, columns, total, sums_g);
   gather(grid, columns, products, sums_gx);
   for (std::int64_t c = 0; c < columns.channels; ++c)
     partials[chunk * grid.problem.c + columns.first_channel + c] =
-        GradientSums<T>::centered_sums(sums_g[c], sums_gx[c], mean[c]);
+        GradientSums<S>::centered_sums(sums_g[c], sums_gx[c], mean[c]);
 }
 
-template <class T, class Epilogue>
-void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                        const T* x, const Affine<T>* forward, const GradAffine<T>* backward,
-                        const Fusion& fusion, T* grad_x, T*) {
+template <class S, class Tail>
+void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
+                        const S* x, const Affine<Compute<S>>* forward,
+                        const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
+                        S* grad_residual) {
   const Columns columns(grid, group);
-  const T slope = static_cast<T>(fusion.negative_slope);
-  const ColumnAffine<T> f(grid, columns, forward);
-  const ColumnGradAffine<T> k(grid, columns, backward);
-  for_each_rows_backwards<T>(
+  const ColumnAffine<Compute<S>> f(grid, columns, forward);
+  const ColumnGradAffine<Compute<S>> k(grid, columns, backward);
+  Tail tail(fusion);
+  for_each_rows_backwards<S, rows_together<Tail>>(
       grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
         const std::int64_t offset = r * grid.width + columns.first;
-        write<decltype(rows)::value>(
-            grad_x + offset, grid.width, width, grid.streaming, no_shared_line<T>,
+        S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
+        auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
+        write<decltype(rows)::value, !Tail::plain>(
+            grad_x + offset, grid.width, width, grid.streaming, no_shared_line<S>,
             [&](auto at) __attribute__((always_inline)) {
               return BothAffine<decltype(f.at(at)), decltype(k.at(at))>{f.at(at), k.at(at)};
             },
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
-              const auto g = at(grad_y + offset + row * grid.width);
-              const auto v = at(x + offset + row * grid.width);
-              return apply(affine.backward, Epilogue::gradient(g, apply(affine.forward, v), slope),
-                           v);
+              const auto v = run.input(at(x + offset + row * grid.width));
+              const auto through = run.gradient(
+                  at(grad_y + offset + row * grid.width), at,
+                  [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
+              write_also(also, through, at, grid.streaming);
+              return apply(affine.backward, through, v);
             },
-            [](std::int64_t, std::int64_t) {});
+            [&](std::int64_t i, std::int64_t count) { run.ready(i + count); });
+        run.finish();
       });
-}
-
-template <class T>
-void apply_grad_columns_staged(const Grid& grid, std::int64_t group, std::int64_t chunk,
-                               const T* grad_y, const T* x, const Affine<T>* forward,
-                               const GradAffine<T>* backward, const Fusion& fusion, T* grad_x,
-                               T* grad_residual) {
-  const Columns columns(grid, group);
-  const ColumnAffine<T> f(grid, columns, forward);
-  const ColumnGradAffine<T> k(grid, columns, backward);
-  Stage<T> stage(fusion);
-  alignas(64) T g[max_columns];
-  for (std::int64_t r = grid.last_row(chunk); r-- > grid.first_row(chunk);) {
-    const std::int64_t offset = r * grid.width + columns.first;
-    const std::int64_t width = row_width(grid, columns, r);
-    copy(grad_y + offset, g, width);
-    stage.backward_again(g, offset, width, normalised(f, x + offset));
-    if (grad_residual != nullptr)
-      write_staged(g, grad_residual + offset, width, grid.streaming, no_shared_line<T>,
-                   [](std::int64_t, std::int64_t) {});
-    write<1>(
-        grad_x + offset, 0, width, grid.streaming, no_shared_line<T>,
-        [&](auto at) __attribute__((always_inline)) { return k.at(at); },
-        [&](const auto& affine, auto at, int)
-            __attribute__((always_inline)) { return apply(affine, at(g), at(x + offset)); },
-        [](std::int64_t, std::int64_t) {});
-  }
 }
 
 // -- the choice between the two -------------------------------------------------------------------
 
-template <class T>
-void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
+template <class S>
+void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
              Moments* partials) {
-  (grid.columns ? moments_columns<T> : moments_rows<T>)(grid, group, chunk, x, partials);
+  (grid.columns ? moments_columns<S> : moments_rows<S>)(grid, group, chunk, x, partials);
 }
 
-template <class T, class Epilogue>
-void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* x,
-           const Affine<T>* forward, const Fusion& fusion, T* y) {
-  if constexpr (is_staged<Epilogue>)
-    (grid.columns ? apply_columns_staged<T> : apply_rows_staged<T>)(grid, group, chunk, x, forward,
-                                                                    fusion, y);
-  else
-    (grid.columns ? apply_columns<T, Epilogue> : apply_rows<T, Epilogue>)(grid, group, chunk, x,
-                                                                          forward, fusion, y);
+template <class S, class Tail>
+void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
+           const Affine<Compute<S>>* forward, const Fusion& fusion, S* y, Moments* next_partials) {
+  NoTile none;
+  if (grid.columns) {
+    apply_columns<S, Tail>(grid, group, chunk, x, forward, fusion, y);
+  } else if (next_partials == nullptr) {
+    apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, none);
+  } else {
+    const std::int64_t mirrored = grid.chunks - 1 - chunk;
+    FirstMomentTile<S> next(grid, Runs(grid, group + 1, mirrored), x, nullptr);
+    apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, next);
+    next.store(mirrored, next_partials);
+  }
 }
 
-template <class T, class Epilogue>
-void grad_sums(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-               const T* x, const double* mean, const Affine<T>* forward, const Fusion& fusion,
-               GradSums* partials) {
-  if (grid.columns)
-    grad_sums_columns<T, Epilogue>(grid, group, chunk, grad_y, x, mean, forward, fusion, partials);
-  else if constexpr (is_staged<Epilogue>)
-    grad_sums_rows_staged<T>(grid, group, chunk, grad_y, x, mean, forward, fusion, partials);
-  else
-    grad_sums_rows<T, Epilogue>(grid, group, chunk, grad_y, x, mean, forward, fusion, partials);
+template <class S, class Tail>
+void grad_sums(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
+               const S* x, const double* mean, const Affine<Compute<S>>* forward,
+               const Fusion& fusion, GradSums* partials) {
+  (grid.columns ? grad_sums_columns<S, Tail> : grad_sums_rows<S, Tail>)(grid, group, chunk, grad_y,
+                                                                        x, mean, forward, fusion,
+                                                                        partials);
 }
 
-template <class T, class Epilogue>
-void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const T* grad_y,
-                const T* x, const Affine<T>* forward, const GradAffine<T>* backward,
-                const Fusion& fusion, T* grad_x, T* grad_residual) {
-  if constexpr (is_staged<Epilogue>)
-    (grid.columns ? apply_grad_columns_staged<T>
-                  : apply_grad_rows_staged<T>)(grid, group, chunk, grad_y, x, forward, backward,
-                                               fusion, grad_x, grad_residual);
-  else
-    (grid.columns ? apply_grad_columns<T, Epilogue>
-                  : apply_grad_rows<T, Epilogue>)(grid, group, chunk, grad_y, x, forward, backward,
-                                                  fusion, grad_x, grad_residual);
+// SumTail: of the sums that are made on the way.
+template <class S, class Tail, class SumTail>
+void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
+                const S* x, const double* mean, const Affine<Compute<S>>* forward,
+                const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
+                S* grad_residual, GradSums* next_partials) {
+  NoTile none;
+  if (grid.columns) {
+    apply_grad_columns<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
+                                grad_residual);
+  } else if (next_partials == nullptr) {
+    apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
+                             grad_residual, none);
+  } else {
+    const std::int64_t mirrored = grid.chunks - 1 - chunk;
+    GradTile<S, SumTail> next(grid, Runs(grid, group + 1, mirrored), grad_y, x, mean, forward,
+                              fusion);
+    apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
+                             grad_residual, next);
+    next.store(mirrored, next_partials);
+  }
 }
 
 }  // namespace

@@ -55,18 +55,20 @@ BNEXT_INLINE void philox_vectors(PhiloxVectors& state, std::uint64_t high, std::
 }
 
 // Spans whose bits are made at once.
-constexpr std::int64_t spans_at_once = vector_bytes == 64 ? 4 : 2;
+constexpr std::int64_t spans_at_once = 4;
 
-// The 16 bits of each of the 128 elements of each span; see MaskLayout. Whether any are `tie`.
-BNEXT_INLINE bool span_bits(const PhiloxKeys& keys, std::uint64_t offset, std::int64_t span,
-                            std::uint16_t tie, std::int32_t* bits) {
-  constexpr int wide = vector_bytes / 8, half = MaskLayout::span / 2;
+// Whether each of the 128 elements of each span is kept, a bit for each: its 16 random bits are at
+// least `threshold`. See MaskLayout. Nonzero if any of them are `tie`.
+BNEXT_INLINE unsigned span_bits(const PhiloxKeys& keys, std::uint64_t offset, std::int64_t span,
+                                std::int32_t threshold, std::uint16_t* kept) {
+  constexpr int wide = vector_bytes / 8;
   constexpr int blocks = static_cast<int>(spans_at_once) * MaskLayout::lanes;
   const std::uint64_t first = static_cast<std::uint64_t>(span) * MaskLayout::lanes;
   u64v twice;
   for (int l = 0; l < wide; ++l) twice[l] = static_cast<std::uint64_t>(2 * l);
-  const u16v ties = tie - u16v{};
-  u16v found{};
+  const u16v ties = static_cast<std::uint16_t>(threshold) - u16v{};
+  unsigned found = 0;
+  for (std::int64_t i = 0; i < spans_at_once * MaskLayout::span / 16; ++i) kept[i] = 0;
   for (int start = 0; start < blocks; start += chains * wide) {
     PhiloxVectors random;
     // Blocks with even and with odd numbers: put together, 32-bit lanes are in order.
@@ -76,91 +78,90 @@ BNEXT_INLINE bool span_bits(const PhiloxKeys& keys, std::uint64_t offset, std::i
     philox_vectors(random, first >> 32, offset, keys);
 #pragma GCC unroll 4
     for (int pair = 0; pair < chains; pair += 2) {
-      const int block = start + pair * wide;
-      std::int32_t* const to =
-          bits + block / MaskLayout::lanes * MaskLayout::span + block % MaskLayout::lanes;
+      const int block = start + pair * wide, lane = block % MaskLayout::lanes;
+      std::uint16_t* const of_span = kept + block / MaskLayout::lanes * 8;
 #pragma GCC unroll 8
       for (int w = 0; w < 4; ++w) {
         const u32v word = interleave_low(random.word[w][pair], random.word[w][pair + 1]);
-        const u32v low = word & 0xFFFFu, high = word >> 16;
-        __builtin_memcpy(to + w * MaskLayout::lanes, &low, sizeof low);
-        __builtin_memcpy(to + w * MaskLayout::lanes + half, &high, sizeof high);
-        found |= (u16v)((u16v)word == ties);
+        const unsigned low = lanes_at_least(word & 0xFFFFu, threshold);
+        const unsigned high = lanes_at_least(word >> 16, threshold);
+        of_span[w] = static_cast<std::uint16_t>(of_span[w] | low << lane);
+        of_span[w + 4] = static_cast<std::uint16_t>(of_span[w + 4] | high << lane);
+        found |= any_equal(word, ties);
       }
     }
   }
-  const u64v any = (u64v)found;
-  std::uint64_t all = 0;
-  for (int l = 0; l < wide; ++l) all |= any[l];
-  return all != 0;
+  return found;
 }
 
-// Whether elements are dropped, some spans at a time.
+// Whether elements are kept, some spans at a time.
 class MaskBits {
  public:
   static constexpr std::int64_t batch = spans_at_once * MaskLayout::span;
 
-  explicit MaskBits(const MaskDraw& draw)
-      : high(static_cast<std::int32_t>(draw.threshold >> 16)), draw_(draw), keys_(draw.seed) {}
-
-  // An element is dropped where its 16 bits are below this, up to 2^16.
-  const std::int32_t high;
-
-  // v where the bits say that an element is kept, 0 where it is dropped.
-  template <class T>
-  BNEXT_INLINE typename Native<T>::type keep(typename Native<T>::type v,
-                                             const std::int32_t* bits) const {
-    return load_integers<T>(bits) < high ? decltype(v){} : v;
-  }
+  explicit MaskBits(const MaskDraw& draw) : draw_(draw), keys_(draw.seed) {}
 
   // The bits of the batch that `element` is in.
-  BNEXT_INLINE const std::int32_t* of(std::int64_t element) {
+  BNEXT_INLINE const std::uint8_t* of(std::int64_t element) {
     const std::int64_t number = element / batch;
     if (number != number_) make(number);
-    return bits_;
+    return reinterpret_cast<const std::uint8_t*>(kept_);
   }
 
  private:
-  BNEXT_INLINE void make(std::int64_t number) {
+  __attribute__((noinline)) void make(std::int64_t number) {
     number_ = number;
-    if (!span_bits(keys_, draw_.offset, number * spans_at_once, static_cast<std::uint16_t>(high),
-                   bits_))
-      return;
-    // Where the 16 bits equal the upper half of the threshold, the second draw decides.
+    const auto high = static_cast<std::int32_t>(draw_.threshold >> 16);
+    const bool found = span_bits(keys_, draw_.offset, number * spans_at_once, high, kept_) != 0;
+    if (found && (draw_.threshold & 0xFFFFu) != 0) settle(number);
+  }
+
+  // Where the 16 bits equal the upper half of the threshold, the second draw decides.
+  __attribute__((noinline)) void settle(std::int64_t number) {
+    const auto high = static_cast<std::uint32_t>(draw_.threshold >> 16);
     const auto low = static_cast<std::uint32_t>(draw_.threshold & 0xFFFFu);
-    if (low == 0) return;
-    for (std::int64_t e = 0; e < batch; ++e)
-      if (bits_[e] == high && mask_half(draw_.seed, draw_.offset,
-                                        static_cast<std::uint64_t>(number * batch + e), true) < low)
-        bits_[e] = high - 1;
+    const auto first = static_cast<std::uint64_t>(number * spans_at_once) * MaskLayout::lanes;
+    for (int b = 0; b < spans_at_once * MaskLayout::lanes; ++b) {
+      const PhiloxBlock block =
+          mask_block(draw_.seed, draw_.offset, first + static_cast<unsigned>(b), false);
+      for (int w = 0; w < 8; ++w) {
+        const std::uint32_t bits = w < 4 ? block.word[w] & 0xFFFFu : block.word[w - 4] >> 16;
+        if (bits != high) continue;
+        const int word = b / MaskLayout::lanes * 8 + w, lane = b % MaskLayout::lanes;
+        const std::int64_t element = number * batch + word * 16 + lane;
+        if (mask_half(draw_.seed, draw_.offset, static_cast<std::uint64_t>(element), true) < low)
+          kept_[word] = static_cast<std::uint16_t>(kept_[word] & ~(1u << lane));
+      }
+    }
   }
 
   MaskDraw draw_;
   PhiloxKeys keys_;
   std::int64_t number_ = -1;
-  alignas(64) std::int32_t bits_[batch + lanes];  // room for a whole vector at the end
+  alignas(64) std::uint16_t kept_[batch / 16 + 2];  // Bits reads on
 };
 
-template <class T>
+template <class S>
 void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
              bool streaming) {
-  const auto* x = static_cast<const T*>(a.x);
-  auto* y = static_cast<T*>(a.y);
-  const auto scale = static_cast<T>(a.draw.scale);
+  const auto* x = static_cast<const S*>(a.x);
+  auto* y = static_cast<S*>(a.y);
+  const auto scale = static_cast<Compute<S>>(a.draw.scale);
   const std::int64_t end =
       last_span * MaskLayout::span < a.size ? last_span * MaskLayout::span : a.size;
   MaskBits mask(a.draw);
   // Elements are asked for in bursts, between which the processor alone would not fetch any.
-  const Ahead<T> ahead{x + a.size, x};
+  const Ahead<S> ahead{x + a.size, x};
 
   for (std::int64_t begin = first_span * MaskLayout::span; begin < end; begin += MaskBits::batch) {
     const std::int64_t count = end - begin < MaskBits::batch ? end - begin : MaskBits::batch;
-    const std::int32_t* const bits = mask.of(begin);
-    const T* from = x + begin;
-    write<1>(
-        y + begin, 0, count, streaming, no_shared_line<T>, [](auto) { return 0; },
+    const Bits kept{mask.of(begin), 0};
+    const S* from = x + begin;
+    write<1, false>(
+        y + begin, 0, count, streaming, no_shared_line<S>, [](auto) { return 0; },
         [&](int, auto at, int) __attribute__((always_inline)) {
-          return mask.template keep<T>(at(from) * scale, bits + at.i);
+          const auto v = at(from) * scale;
+          return select_lanes(kept.at(at.i), v, decltype(v){});
         },
         [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
   }

@@ -1,5 +1,5 @@
-// What follows the normalisation in a fused operation, on stretches that stay in the L1 cache:
-// + residual, activation, dropout, and back.
+// What follows the normalisation in the same pass, + residual, activation, dropout, and back: what
+// loops over a run of values ask for each vector of them.
 #pragma once
 
 #include "bnext/batch_norm.hpp"
@@ -11,201 +11,260 @@
 namespace bnext {
 namespace {
 
-// Elements that are staged at once.
-constexpr std::int64_t stage_length = 512;
+// The longest run of values that a tile takes in one go.
+constexpr std::int64_t longest_run = 16384;
 
-// How many of `rest` elements that end up at `to` are staged next: those after them begin a line.
-template <class T>
-BNEXT_INLINE std::int64_t stage_count(const T* to, std::int64_t rest) {
-  const std::int64_t count = until_next_line(to) + stage_length - line_length<T>;
-  return rest < count ? rest : count;
-}
-
-template <class T>
-class Stage {
+// An activation alone. `linear`: gradients pass as they are. `plain`: a run has nothing of its own.
+template <class S, class Epilogue>
+class Plain {
  public:
-  explicit Stage(const Fusion& f)
-      : residual_(static_cast<const T*>(f.residual)),
-        activation_(f.activation),
-        slope_(static_cast<T>(f.negative_slope)),
-        passes_(f.passes),
-        gate_(f.gate),
-        dropping_(f.dropout.threshold > 0),
-        scale_(static_cast<T>(f.dropout.scale)),
-        mask_(f.dropout) {}
+  using T = Compute<S>;
+  static constexpr bool linear = Epilogue::linear, plain = true;
 
-  // z[k], the normalised value of element first + k for k in [0, count), becomes its result.
-  void forward(T* z, std::int64_t first, std::int64_t count) {
-    add_residual(z, first, count);
-    with_epilogue([&](auto e) __attribute__((always_inline)) {
-      using Epilogue = decltype(e);
-      if constexpr (Epilogue::gated)
-        if (passes_ != nullptr)
-          record(passes_, z, first, count, [](auto v) { return Epilogue::passes(v); });
-      if constexpr (!Epilogue::linear)
-        each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
-          at.write(Epilogue::value(at(z), slope_), z);
-        });
-    });
-    drop(z, first, count);
-  }
+  explicit Plain(const Fusion& f) : slope_(static_cast<T>(f.negative_slope)) {}
 
-  // g[k], the gradient at the result of element first + k, becomes that at the sum of its
-  // normalised value and its residual. normalised(place) is that value, where it is needed.
-  template <class Normalised>
-  BNEXT_INLINE void backward(T* g, std::int64_t first, std::int64_t count, Normalised normalised) {
-    drop(g, first, count);
-    with_epilogue([&](auto e) __attribute__((always_inline)) {
-      using Epilogue = decltype(e);
-      if constexpr (Epilogue::linear) return;
-      if constexpr (Epilogue::gated)
-        if (passes_ != nullptr)
-          return select(passes_, g, first, count, T{1}, static_cast<T>(Epilogue::leak(slope_)));
-      const T* residual = residual_ + (residual_ != nullptr ? first : 0);
-      each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
-        auto z = normalised(at);
-        if (residual_ != nullptr) z = z + at(residual);
-        at.write(Epilogue::gradient(at(g), z, slope_), g);
-      });
-    });
-  }
+  // A run of `length` values, the first of which is element `first`; `number`: of the run among
+  // all, by which the second pass finds what the first one noted; `ahead`: of the residual.
+  struct Run {
+    static constexpr bool invertible = false;
+    T slope;
 
-  // The same, and the gate is written.
-  template <class Normalised>
-  BNEXT_INLINE void backward_first(T* g, std::int64_t first, std::int64_t count,
-                                   Normalised normalised) {
-    if (gate_ == nullptr) return backward(g, first, count, normalised);
-    // What becomes of ones tells where the gate is open, whatever the gradients are.
-    alignas(64) T ones[stage_length];
-    for (std::int64_t k = 0; k < count; k += stage_length) {
-      const std::int64_t n = count - k < stage_length ? count - k : stage_length;
-      for (std::int64_t i = 0; i < n; ++i) ones[i] = 1;
-      backward(ones, first + k, n, [&](auto at) __attribute__((always_inline)) {
-        at.i += k;
-        return normalised(at);
-      });
-      record(gate_, ones, first + k, n, [](auto v) { return v != decltype(v){}; });
-      T* part = g + k;
-      each_place<T>(0, n, [&](auto at) __attribute__((always_inline)) {
-        const auto through = at(part) * scale_;
-        at.write(at(ones) != decltype(through){} ? through : decltype(through){}, part);
-      });
+    template <class V>
+    BNEXT_INLINE V input(V x) const {
+      return x;
     }
-  }
-
-  // The same once more, by the gate.
-  template <class Normalised>
-  BNEXT_INLINE void backward_again(T* g, std::int64_t first, std::int64_t count,
-                                   Normalised normalised) {
-    if (gate_ == nullptr) return backward(g, first, count, normalised);
-    select(gate_, g, first, count, scale_, T{0});
-  }
+    BNEXT_INLINE void ready(std::int64_t) {}
+    BNEXT_INLINE void finish() {}
+    BNEXT_INLINE void fetch(std::int64_t, std::int64_t) const {}
+    template <class V, class P>
+    BNEXT_INLINE V value(V z, P) {
+      return Epilogue::value(z, slope);
+    }
+    template <class V, class P, class Normalised>
+    BNEXT_INLINE V gradient(V g, P, Normalised normalised) const {
+      return Epilogue::gradient(g, normalised(), slope);
+    }
+  };
+  BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead<S>) { return {slope_}; }
 
  private:
-  template <class Body>
-  BNEXT_INLINE void with_epilogue(Body body) const {
-    switch (activation_) {
+  T slope_;
+};
+
+// Epilogues that are not cheap have one copy of their code.
+template <class Epilogue, class V, class T>
+__attribute__((noinline)) V value_of_its_own(V z, T slope) {
+  return Epilogue::value(z, slope);
+}
+template <class Epilogue, class V, class T>
+__attribute__((noinline)) V gradient_of_its_own(V g, V z, T slope) {
+  return Epilogue::gradient(g, z, slope);
+}
+
+// Where the random bits of dropout come from in a pass, and whether they are noted for another.
+enum class Mask { drawn, drawn_and_noted, noted };
+
+// Whatever the fusion says.
+template <class S, Mask mask>
+class General {
+ public:
+  using T = Compute<S>;
+  static constexpr bool linear = false, plain = false;
+
+  explicit General(const Fusion& f)
+      : fusion_(f),
+        residual_(static_cast<const S*>(f.residual)),
+        slope_(static_cast<T>(f.negative_slope)),
+        dropping_(f.dropout.threshold > 0),
+        recording_(mask == Mask::drawn && f.passes != nullptr),
+        scale_(static_cast<T>(f.dropout.scale)),
+        bits_(f.dropout) {}
+
+  class Run {
+   public:
+    static constexpr bool invertible = true;
+
+    Run(General& of, std::int64_t first, std::int64_t length, std::int64_t number, Ahead<S> ahead)
+        : of_(of),
+          first_(first),
+          end_(first + length),
+          drawn_(first),
+          residual_(of.residual_ != nullptr ? of.residual_ + first : nullptr),
+          ahead_(ahead),
+          activation_(of.fusion_.activation),
+          slope_(of.slope_),
+          scale_(of.scale_),
+          inverse_(1 / of.slope_),
+          inverted_(of.fusion_.inverted),
+          dropping_(of.dropping_),
+          recording_(of.recording_) {
+      if (dropping_) {
+        std::uint8_t* const noted = of.fusion_.kept + number * of.fusion_.kept_bytes;
+        kept_ = {mask == Mask::drawn ? of.kept_ : noted, first % 8};
+      }
+      if (of.fusion_.passes != nullptr && !recording_)
+        passes_ = {of.fusion_.passes + first / 8, first % 8};
+    }
+    Run(const Run&) = delete;
+
+    // What the loops go by: x, or, if there is the result of a LeakyReLU instead, what that was of.
+    template <class V>
+    BNEXT_INLINE V input(V x) const {
+      return inverted_ ? epilogue::leaky_relu::value(x, inverse_) : x;
+    }
+
+    // Before the elements up to `end` are asked for, counted from the first.
+    BNEXT_INLINE void ready(std::int64_t end) {
+      if (mask == Mask::noted || !dropping_) return;
+      while (drawn_ < first_ + end) draw();
+    }
+    BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count) const {
+      if (residual_ != nullptr) ahead_.fetch(residual_ + i, count);
+    }
+    // After the last element.
+    BNEXT_INLINE void finish() {
+      if (recording_) deposit(end_ - first_);
+    }
+
+    template <class V, class P>
+    BNEXT_INLINE V value(V z, P at) {
+      if constexpr (compact)
+        return value_once(z, at);
+      else
+        return value_here(z, at);
+    }
+    template <class V, class P, class Normalised>
+    BNEXT_INLINE V gradient(V g, P at, Normalised normalised) const {
+      if constexpr (compact)
+        return gradient_once(g, normalised(), at);
+      else
+        return gradient_here(g, at, normalised);
+    }
+
+   private:
+    template <class V, class P>
+    __attribute__((noinline)) V value_once(V z, P at) {
+      return value_here(z, at);
+    }
+    template <class V, class P>
+    __attribute__((noinline)) V gradient_once(V g, V z, P at) const {
+      return gradient_here(g, at, [&] { return z; });
+    }
+    template <class V, class P>
+    BNEXT_INLINE V value_here(V z, P at) {
+      if (residual_ != nullptr) z = z + at(residual_);
+      V y = with_epilogue([&](auto e) __attribute__((always_inline)) -> V {
+        using Epilogue = decltype(e);
+        if constexpr (Epilogue::gated)
+          if (recording_) record(mask_of_lanes(Epilogue::passes(z)), at);
+        if constexpr (Epilogue::cheap) return Epilogue::value(z, slope_);
+        return value_of_its_own<Epilogue>(z, slope_);
+      });
+      return dropping_ ? select_lanes(kept_.at(at.i), y * scale_, V{}) : y;
+    }
+
+    template <class V, class P, class Normalised>
+    BNEXT_INLINE V gradient_here(V g, P at, Normalised normalised) const {
+      if (dropping_) g = select_lanes(kept_.at(at.i), g * scale_, V{});
+      return with_epilogue([&](auto e) __attribute__((always_inline)) -> V {
+        using Epilogue = decltype(e);
+        if constexpr (Epilogue::linear) return g;
+        if constexpr (Epilogue::gated)
+          if (passes_.bytes != nullptr) {
+            // Nothing is left of an infinite gradient, not the NaN that times 0 would make of it.
+            const T leak = Epilogue::leak(slope_);
+            return select_lanes(passes_.at(at.i), g, leak == 0 ? V{} : g * leak);
+          }
+        V z = normalised();
+        if (residual_ != nullptr) z = z + at(residual_);
+        if constexpr (Epilogue::cheap) return Epilogue::gradient(g, z, slope_);
+        return gradient_of_its_own<Epilogue>(g, z, slope_);
+      });
+    }
+
+    template <class Body>
+    BNEXT_INLINE auto with_epilogue(Body body) const {
+      switch (activation_) {
 #define BNEXT_CASE(name) \
   case Activation::name: \
     return body(epilogue::name());
-      BNEXT_EPILOGUES(BNEXT_CASE)
+        BNEXT_EPILOGUES(BNEXT_CASE)
 #undef BNEXT_CASE
+      }
+      return body(epilogue::none());
     }
-  }
 
-  void add_residual(T* z, std::int64_t first, std::int64_t count) const {
-    if (residual_ == nullptr) return;
-    const T* residual = residual_ + first;
-    each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
-      at.write(at(z) + at(residual), z);
-    });
-  }
-
-  void drop(T* values, std::int64_t first, std::int64_t count) {
-    if (!dropping_) return;
-    for (std::int64_t k = 0; k < count;) {
-      const std::int32_t* bits = mask_.of(first + k);
-      const std::int64_t begin = (first + k) % MaskBits::batch;
-      const std::int64_t rest = MaskBits::batch - begin;
-      const std::int64_t n = count - k < rest ? count - k : rest;
-      T* part = values + k;
-      each_place<T>(0, n, [&](auto at) __attribute__((always_inline)) {
-        at.write(mask_.template keep<T>(at(part) * scale_, bits + begin + at.i), part);
-      });
-      k += n;
+    // The bits of the elements from drawn_ to the end of its batch, to where this run has them.
+    BNEXT_INLINE void draw() {
+      const std::int64_t begin = drawn_ % MaskBits::batch, rest = MaskBits::batch - begin;
+      const std::uint8_t* from = of_.bits_.of(drawn_) + begin / 8;
+      auto* to = const_cast<std::uint8_t*>(kept_.bytes) + (drawn_ - first_ + first_ % 8) / 8;
+      const std::int64_t count = end_ - drawn_ < rest ? end_ - drawn_ : rest;
+      if (count == MaskBits::batch)
+        __builtin_memcpy(to, from, MaskBits::batch / 8);
+      else
+        for (std::int64_t k = 0; k < (begin % 8 + count + 7) / 8; ++k) to[k] = from[k];
+      drawn_ += count;
     }
-  }
 
-  // Writes the bits of `count` elements. Bytes at the ends may have bits of other tiles, which
-  // other threads write.
-  template <class Test>
-  static void record(std::uint8_t* bits, const T* values, std::int64_t first, std::int64_t count,
-                     Test test) {
-    for (std::int64_t k = 0; k < count; k += stage_length) {
-      const std::int64_t n = count - k < stage_length ? count - k : stage_length;
-      const T* part = values + k;
-      std::uint64_t words[stage_length / 64 + 1];
-      const std::int64_t whole = n / 64 * 64;
-      for (std::int64_t i = 0; i < whole; i += 64) words[i / 64] = mask_of_word(part + i, test);
-      words[whole / 64] = 0;
-      each_place<T>(whole, n, [&](auto at) __attribute__((always_inline)) {
-        std::uint64_t mask = mask_of_lanes(test(at(part)));
-        if (n - at.i < vector_length<T>) mask &= (std::uint64_t{1} << (n - at.i)) - 1;
-        words[whole / 64] |= mask << (at.i - whole);
-      });
-      // To where they belong, which may be anywhere in a byte.
-      const std::int64_t shift = (first + k) % 8;
+    template <class P>
+    BNEXT_INLINE void record(std::uint64_t passing, P at) {
+      if (at.count < vector_length<S>) passing &= (std::uint64_t{1} << at.count) - 1;
+      word_ |= passing << filled_;
+      filled_ += at.count;
+      if (filled_ < 64) return;
+      filled_ -= 64;
+      of_.words_[words_++] = word_;
+      word_ = filled_ > 0 ? passing >> (at.count - filled_) : 0;
+    }
+
+    // What has been recorded, to where it belongs, which may be anywhere in a byte. Bytes at the
+    // ends may have bits of other tiles, which other threads write.
+    void deposit(std::int64_t count) {
+      of_.words_[words_] = word_;
+      of_.words_[words_ + 1] = 0;
+      const std::int64_t shift = first_ % 8;
       std::uint64_t carry = 0;
-      for (std::int64_t j = 0; j <= whole / 64; ++j) {
-        const std::uint64_t word = words[j];
-        words[j] = word << shift | carry;
+      for (std::int64_t j = 0; j <= words_ + 1; ++j) {
+        const std::uint64_t word = of_.words_[j];
+        of_.words_[j] = word << shift | carry;
         carry = shift > 0 ? word >> (64 - shift) : 0;
       }
-      std::uint8_t bytes[sizeof words + 1];
-      __builtin_memcpy(bytes, words, sizeof words);
-      bytes[(whole / 64 + 1) * 8] = static_cast<std::uint8_t>(carry);
-      std::uint8_t* to = bits + (first + k) / 8;
-      const std::int64_t last = (shift + n - 1) / 8;
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(of_.words_);
+      std::uint8_t* const to = of_.fusion_.passes + first_ / 8;
+      const std::int64_t last = (shift + count - 1) / 8;
       __atomic_fetch_or(to, bytes[0], __ATOMIC_RELAXED);
-      if (last > 0) {
-        __builtin_memcpy(to + 1, bytes + 1, static_cast<std::size_t>(last - 1));
-        __atomic_fetch_or(to + last, bytes[last], __ATOMIC_RELAXED);
-      }
+      if (last == 0) return;
+      __builtin_memcpy(to + 1, bytes + 1, static_cast<std::size_t>(last - 1));
+      __atomic_fetch_or(to + last, bytes[last], __ATOMIC_RELAXED);
     }
+
+    General& of_;
+    std::int64_t first_, end_, drawn_;
+    const S* residual_;
+    Ahead<S> ahead_;
+    Activation activation_;
+    T slope_, scale_, inverse_;
+    bool inverted_, dropping_, recording_;
+    Bits kept_{nullptr, 0}, passes_{nullptr, 0};
+    std::uint64_t word_ = 0;
+    std::int64_t filled_ = 0, words_ = 0;
+  };
+  BNEXT_INLINE Run run(std::int64_t first, std::int64_t length, std::int64_t number,
+                       Ahead<S> ahead) {
+    return Run(*this, first, length, number, ahead);
   }
 
-  // The bits of 64 elements.
-  template <class Test>
-  BNEXT_INLINE static std::uint64_t mask_of_word(const T* values, Test test) {
-    std::uint64_t word = 0;
-#pragma GCC unroll 4
-    for (std::int64_t i = 0; i < 64; i += vector_length<T>)
-      word |= std::uint64_t{mask_of_lanes(test(Place<T>{i}(values)))} << i;
-    return word;
-  }
-
-  // g times `one` where the bit of its element is set, times `other` elsewhere.
-  BNEXT_INLINE static void select(const std::uint8_t* bits, T* g, std::int64_t first,
-                                  std::int64_t count, T one, T other) {
-    each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
-      const std::int64_t bit = first + at.i;
-      std::uint32_t word;
-      __builtin_memcpy(&word, bits + bit / 8, sizeof word);
-      const auto v = at(g);
-      const auto through = v * one;
-      // Nothing is left of an infinite gradient, not the NaN that times 0 would make of it.
-      const auto held = other == 0 ? decltype(v){} : v * other;
-      at.write(select_lanes<T>(word >> (bit % 8), through, held), g);
-    });
-  }
-
-  const T* residual_;
-  Activation activation_;
-  T slope_;
-  std::uint8_t *passes_, *gate_;
-  bool dropping_;
-  T scale_;
-  MaskBits mask_;
+ private:
+  const Fusion fusion_;
+  const S* const residual_;
+  const T slope_;
+  const bool dropping_, recording_;
+  const T scale_;
+  MaskBits bits_;
+  // Of one run: what is kept, and what passes.
+  std::uint8_t kept_[mask == Mask::drawn ? (longest_run + 2 * MaskBits::batch) / 8 : 1];
+  std::uint64_t words_[mask == Mask::drawn ? longest_run / 64 + 3 : 1];
 };
 
 }  // namespace

@@ -58,7 +58,8 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
     grid.group_channels = std::max<std::int64_t>(1, grid.group_channels);
     grid.groups = divide_up(p.c, grid.group_channels);
     // Two groups at a time, for each of some threads; results are not in the cache then.
-    grid.fetch_next =
+    grid.sum_next =
+        grid.streaming &&
         grid.group_channels * (channel_bytes / tensors) * (tensors - 1) <= cache_bytes() / 8;
     grid.rows = p.n;
     grid.pieces = divide_up(p.s, chunk_values);

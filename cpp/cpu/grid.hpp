@@ -32,7 +32,7 @@ struct Grid {
   std::int64_t chunks;
   bool streaming;    // results go past the caches
   bool fetch_ahead;  // rows: the input comes from memory as a rule, the kernels ask for it early
-  bool fetch_next;   // rows: passes over a group fetch the next one, which the cache has room for
+  bool sum_next;     // rows: the sums of the next group are made on the way of writing this one
   bool fetch_rows;   // columns: sums of some rows fetch those that follow, contiguous ones
 
   static constexpr std::int64_t max_group_width = 1024;   // columns of one group
@@ -50,6 +50,12 @@ struct Grid {
   std::int64_t last_row(std::int64_t chunk) const {
     const std::int64_t end = first_row(chunk) + rows_per_chunk;
     return end < rows ? end : rows;
+  }
+  // Runs of contiguous values that tiles take in one go, and how long they are at most.
+  std::int64_t runs() const { return columns ? rows * groups : problem.n * problem.c * pieces; }
+  std::int64_t longest_run() const {
+    return columns ? width < max_group_width ? width : max_group_width
+                   : (problem.s + pieces - 1) / pieces;
   }
   // Where in each row of a channel the runs of a chunk begin and end, in rows.
   std::int64_t first_value(std::int64_t chunk) const { return chunk % pieces * problem.s / pieces; }

@@ -53,18 +53,15 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
 }
 
 int path_of(const Fusion& f, bool grad_residual = false) {
-  const auto path = [&] {
-    if (f.residual != nullptr || f.dropout.threshold > 0 || f.passes != nullptr || grad_residual)
-      return Path::staged;
-    if (f.activation == Activation::none) return Path::none;
-    if (f.activation == Activation::relu) return Path::relu;
-    if (f.activation == Activation::leaky_relu) return Path::leaky_relu;
-    return Path::staged;
-  };
-  return static_cast<int>(path());
+  const bool alone =
+      f.residual == nullptr && f.dropout.threshold == 0 && f.passes == nullptr && !grad_residual;
+  if (alone && f.activation == Activation::none) return static_cast<int>(Path::none);
+  if (alone && f.activation == Activation::relu) return static_cast<int>(Path::relu);
+  return static_cast<int>(Path::general);
 }
 
-// reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk).
+// reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk, next): with
+// `next` it also reduces the mirrored chunk of the next group.
 // The order of the sums is in the grid; this only chooses who does what when.
 template <class Reduce, class Finish, class Apply>
 void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
@@ -75,19 +72,25 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   // Enough groups to share out: each is taken through all three steps while it is in cache. The
   // second pass goes backwards, since what the first read last is still there.
   const bool by_groups = grid.chunks == 1 || grid.groups >= 4 * num_threads();
-  grid.fetch_next = grid.fetch_next && by_groups && grid.streaming;
+  grid.sum_next = grid.sum_next && by_groups;
   grid.fetch_rows = grid.streaming && !by_groups && grid.groups == 1;
   if (by_groups) {
-    parallel_for(grid.groups, work, [&](std::int64_t group) {
-      for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) reduce(group, chunk);
-      finish_group(group);
-      for (std::int64_t chunk = grid.chunks; chunk-- > 0;) apply(group, chunk);
+    parallel_shares(grid.groups, work, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t group = begin; group < end; ++group) {
+        if (group == begin || !grid.sum_next)
+          for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) reduce(group, chunk);
+        finish_group(group);
+        const bool next = grid.sum_next && group + 1 < end;
+        for (std::int64_t chunk = grid.chunks; chunk-- > 0;) apply(group, chunk, next);
+      }
     });
     return;
   }
   const std::int64_t tiles = grid.groups * grid.chunks;
   auto reduce_tile = [&](std::int64_t tile) { reduce(tile % grid.groups, tile / grid.groups); };
-  auto apply_tile = [&](std::int64_t tile) { apply(tile % grid.groups, tile / grid.groups); };
+  auto apply_tile = [&](std::int64_t tile) {
+    apply(tile % grid.groups, tile / grid.groups, false);
+  };
   const Phase phases[] = {phase(tiles, reduce_tile), phase(grid.problem.c, finish),
                           phase(tiles, apply_tile, true)};
   parallel_phases(work, phases, 3);
@@ -95,16 +98,17 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
 
 }  // namespace
 
-template <class T>
-void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
-  Grid grid = make_grid(a.problem, a.fusion.residual != nullptr ? 3 : 2, sizeof(T));
+template <class S>
+void launch(const BatchNormForwardArgs& a, const Kernels<S>& kernels) {
+  using T = Compute<S>;
+  Grid grid = make_grid(a.problem, a.fusion.residual != nullptr ? 3 : 2, sizeof(S));
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Moments>(channels * grid.chunks) +
                       Workspace::bytes<Affine<T>>(channels));
   auto* partials = workspace.take<Moments>(channels * grid.chunks);
   auto* forward = workspace.take<Affine<T>>(channels);
-  const auto* x = static_cast<const T*>(a.x);
-  auto* y = static_cast<T*>(a.y);
+  const auto* x = static_cast<const S*>(a.x);
+  auto* y = static_cast<S*>(a.y);
   const auto apply = kernels.apply[path_of(a.fusion)];
 
   reduce_then_apply(
@@ -122,34 +126,31 @@ void launch(const BatchNormForwardArgs& a, const Kernels<T>& kernels) {
         forward[c] = normalisation<T>(total.mean, inv_std, value_or<T>(a.weight, c, 1),
                                       value_or<T>(a.bias, c, 0));
       },
-      [&](std::int64_t group, std::int64_t chunk) {
-        apply(grid, group, chunk, x, forward, a.fusion, y);
+      [&](std::int64_t group, std::int64_t chunk, bool next) {
+        apply(grid, group, chunk, x, forward, a.fusion, y, next ? partials : nullptr);
       });
 }
 
-template <class T>
-void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
-  Grid grid = make_grid(a.problem, a.grad_residual != nullptr ? 4 : 3, sizeof(T));
+template <class S>
+void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
+  using T = Compute<S>;
+  Grid grid = make_grid(a.problem, a.grad_residual != nullptr ? 4 : 3, sizeof(S));
   const std::int64_t channels = a.problem.c;
   Fusion fusion = a.fusion;
-  const bool gated =
-      fusion.dropout.threshold > 0 && fusion.dropout.scale > 0 &&
-      (fusion.activation == Activation::none || fusion.activation == Activation::relu);
-  const std::int64_t gate_bytes = gated ? passes_bytes(a.problem.size()) : 0;
+  const bool dropping = fusion.dropout.threshold > 0;
+  fusion.kept_bytes = grid.longest_run() / 8 + 2 + 4;  // any first bit, and words are read whole
+  const std::int64_t kept_bytes = dropping ? grid.runs() * fusion.kept_bytes : 0;
   Workspace workspace(
       Workspace::bytes<GradSums>(channels * grid.chunks) + Workspace::bytes<Affine<T>>(channels) +
-      Workspace::bytes<GradAffine<T>>(channels) + Workspace::bytes<std::uint8_t>(gate_bytes));
+      Workspace::bytes<GradAffine<T>>(channels) + Workspace::bytes<std::uint8_t>(kept_bytes));
   auto* partials = workspace.take<GradSums>(channels * grid.chunks);
   auto* forward = workspace.take<Affine<T>>(channels);
   auto* backward = workspace.take<GradAffine<T>>(channels);
-  if (gated) {
-    fusion.gate = workspace.take<std::uint8_t>(gate_bytes);
-    std::memset(fusion.gate, 0, static_cast<std::size_t>(gate_bytes));
-  }
-  const auto* grad_y = static_cast<const T*>(a.grad_y);
-  const auto* x = static_cast<const T*>(a.x);
-  auto* grad_x = static_cast<T*>(a.grad_x);
-  auto* grad_residual = static_cast<T*>(a.grad_residual);
+  fusion.kept = workspace.take<std::uint8_t>(kept_bytes);
+  const auto* grad_y = static_cast<const S*>(a.grad_y);
+  const auto* x = static_cast<const S*>(a.x);
+  auto* grad_x = static_cast<S*>(a.grad_x);
+  auto* grad_residual = static_cast<S*>(a.grad_residual);
   const int path = path_of(fusion, grad_residual != nullptr);
   const auto grad_sums = kernels.grad_sums[path];
   const auto apply_grad = kernels.apply_grad[path];
@@ -178,14 +179,16 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<T>& kernels) {
         backward[c] = grad_normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
                                             total.g * share, sum_gn * share);
       },
-      [&](std::int64_t group, std::int64_t chunk) {
-        apply_grad(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x, grad_residual);
+      [&](std::int64_t group, std::int64_t chunk, bool next) {
+        apply_grad(grid, group, chunk, grad_y, x, a.mean, forward, backward, fusion, grad_x,
+                   grad_residual, next ? partials : nullptr);
       });
 }
 
-template <class T>
-void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
-  Grid grid = make_grid(a.problem, 2, sizeof(T));
+template <class S>
+void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
+  using T = Compute<S>;
+  Grid grid = make_grid(a.problem, 2, sizeof(S));
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Affine<T>>(channels));
   auto* forward = workspace.take<Affine<T>>(channels);
@@ -195,21 +198,21 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<T>& kernels) {
                                   value_or<T>(a.weight, c, 1), value_or<T>(a.bias, c, 0));
   const auto apply = kernels.apply[path_of(a.fusion)];
   // One pass, in the order of memory: no sums to make, so the tiles can be what suits the threads.
-  grid.fetch_next = false;
+  grid.sum_next = false;
   constexpr std::int64_t enough = 4;
   if (!grid.columns)
     grid.cut(1);
   else if (grid.chunks < enough)
     grid.cut((grid.rows + enough - 1) / enough);
   parallel_for(grid.groups * grid.chunks, a.problem.size(), [&](std::int64_t tile) {
-    apply(grid, tile % grid.groups, tile / grid.groups, static_cast<const T*>(a.x), forward,
-          a.fusion, static_cast<T*>(a.y));
+    apply(grid, tile % grid.groups, tile / grid.groups, static_cast<const S*>(a.x), forward,
+          a.fusion, static_cast<S*>(a.y), nullptr);
   });
 }
 
-template <class T>
-void launch(const DropoutArgs& a, const Kernels<T>& kernels) {
-  const bool streaming = worth_streaming(2 * a.size * static_cast<std::int64_t>(sizeof(T)));
+template <class S>
+void launch(const DropoutArgs& a, const Kernels<S>& kernels) {
+  const bool streaming = worth_streaming(2 * a.size * static_cast<std::int64_t>(sizeof(S)));
   constexpr std::int64_t spans_per_task = 256;
   const std::int64_t spans = (a.size + MaskLayout::span - 1) / MaskLayout::span;
   const std::int64_t tasks = (spans + spans_per_task - 1) / spans_per_task;
@@ -219,11 +222,11 @@ void launch(const DropoutArgs& a, const Kernels<T>& kernels) {
   });
 }
 
-#define BNEXT_INSTANTIATE(name, T)                                        \
-  template void launch(const BatchNormForwardArgs&, const Kernels<T>&);   \
-  template void launch(const BatchNormBackwardArgs&, const Kernels<T>&);  \
-  template void launch(const BatchNormInferenceArgs&, const Kernels<T>&); \
-  template void launch(const DropoutArgs&, const Kernels<T>&);
+#define BNEXT_INSTANTIATE(name, S, compute)                               \
+  template void launch(const BatchNormForwardArgs&, const Kernels<S>&);   \
+  template void launch(const BatchNormBackwardArgs&, const Kernels<S>&);  \
+  template void launch(const BatchNormInferenceArgs&, const Kernels<S>&); \
+  template void launch(const DropoutArgs&, const Kernels<S>&);
 BNEXT_DTYPES(BNEXT_INSTANTIATE)
 #undef BNEXT_INSTANTIATE
 

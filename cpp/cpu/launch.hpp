@@ -2,7 +2,7 @@
 // kernels are pointers to functions that were compiled per instruction set.
 #pragma once
 
-#include "bnext/lists.hpp"
+#include "bnext/types.hpp"
 #include "core/args.hpp"
 #include "core/math.hpp"
 #include "cpu/grid.hpp"
@@ -14,39 +14,42 @@ struct GradSums {
   double g, gx;
 };
 
-// How a fusion is computed: what needs no more than a vector of values stays in registers, the rest
-// goes in stretches.
-enum class Path { none, relu, leaky_relu, staged };
-constexpr int path_count = 4;
+// How what follows the normalisation is computed: activations that cost next to nothing have loops
+// of their own.
+enum class Path { none, relu, general };
+constexpr int paths = 3;
 
-// Serial loops over one tile; T is float or double. Arrays per channel start at channel 0, and
-// partials[chunk * grid.problem.c + channel] is the place of a tile's sums. `forward` recomputes
-// the normalised value where the gradient of an epilogue needs it.
-template <class T>
+// Serial loops over one tile; S is the dtype of the data. Arrays per channel start at channel 0,
+// and partials[chunk * grid.problem.c + channel] is the place of a tile's sums. `forward`
+// recomputes the normalised value where the gradient of an epilogue needs it. With next_partials,
+// which needs rows, `apply` also makes the sums of the tile of the next group in the mirrored
+// chunk.
+template <class S>
 struct Kernels {
-  void (*moments)(const Grid&, std::int64_t group, std::int64_t chunk, const T* x,
+  using T = Compute<S>;
+  void (*moments)(const Grid&, std::int64_t group, std::int64_t chunk, const S* x,
                   Moments* partials);
-  void (*apply[path_count])(const Grid&, std::int64_t group, std::int64_t chunk, const T* x,
-                            const Affine<T>* forward, const Fusion&, T* y);
-  void (*grad_sums[path_count])(const Grid&, std::int64_t group, std::int64_t chunk,
-                                const T* grad_y, const T* x, const double* mean,
-                                const Affine<T>* forward, const Fusion&, GradSums* partials);
+  void (*apply[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* x,
+                       const Affine<T>* forward, const Fusion&, S* y, Moments* next_partials);
+  void (*grad_sums[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* grad_y,
+                           const S* x, const double* mean, const Affine<T>* forward, const Fusion&,
+                           GradSums* partials);
   // grad_residual is optional.
-  void (*apply_grad[path_count])(const Grid&, std::int64_t group, std::int64_t chunk,
-                                 const T* grad_y, const T* x, const Affine<T>* forward,
-                                 const GradAffine<T>* backward, const Fusion&, T* grad_x,
-                                 T* grad_residual);
+  void (*apply_grad[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* grad_y,
+                            const S* x, const double* mean, const Affine<T>* forward,
+                            const GradAffine<T>* backward, const Fusion&, S* grad_x,
+                            S* grad_residual, GradSums* next_partials);
   // Spans [first, last) of MaskLayout::span elements.
   void (*dropout)(const DropoutArgs&, std::int64_t first, std::int64_t last, bool streaming);
 };
 
-template <class T>
-void launch(const BatchNormForwardArgs&, const Kernels<T>&);
-template <class T>
-void launch(const BatchNormBackwardArgs&, const Kernels<T>&);
-template <class T>
-void launch(const BatchNormInferenceArgs&, const Kernels<T>&);
-template <class T>
-void launch(const DropoutArgs&, const Kernels<T>&);
+template <class S>
+void launch(const BatchNormForwardArgs&, const Kernels<S>&);
+template <class S>
+void launch(const BatchNormBackwardArgs&, const Kernels<S>&);
+template <class S>
+void launch(const BatchNormInferenceArgs&, const Kernels<S>&);
+template <class S>
+void launch(const DropoutArgs&, const Kernels<S>&);
 
 }  // namespace bnext

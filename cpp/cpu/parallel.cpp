@@ -123,12 +123,16 @@ void pause_threads() {
 #endif
 }
 
+std::int64_t parallel_threads(std::int64_t count, std::int64_t work) {
+  return work >= serial_work ? std::min<std::int64_t>(num_threads(), count) : 1;
+}
+
 void parallel_phases(std::int64_t work, const Phase* phases, int count) {
 #ifdef _OPENMP
   std::int64_t most = 0;
   for (int k = 0; k < count; ++k) most = std::max(most, phases[k].count);
-  const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads(), most));
-  if (threads > 1 && work >= serial_work) {
+  const auto threads = static_cast<int>(parallel_threads(most, work));
+  if (threads > 1) {
     // One region for all: a barrier between phases costs a fraction of waking the threads again.
 #pragma omp parallel num_threads(threads)
     for (int k = 0; k < count; ++k) {

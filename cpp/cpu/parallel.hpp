@@ -19,6 +19,9 @@ struct Phase {
 // One phase after another, each on several threads if `work` (elements touched in all) is worth it.
 void parallel_phases(std::int64_t work, const Phase* phases, int count);
 
+// How many threads share `count` pieces of `work` elements in all.
+std::int64_t parallel_threads(std::int64_t count, std::int64_t work);
+
 // A phase that calls body(i), which must outlive it.
 template <class Body>
 Phase phase(std::int64_t count, Body& body, bool backwards = false) {
@@ -31,6 +34,15 @@ template <class Body>
 void parallel_for(std::int64_t count, std::int64_t work, Body body) {
   const Phase only = phase(count, body);
   parallel_phases(work, &only, 1);
+}
+
+// Calls of body(begin, end), by each thread for the part of [0, count) that is its own.
+template <class Body>
+void parallel_shares(std::int64_t count, std::int64_t work, Body body) {
+  const std::int64_t shares = parallel_threads(count, work);
+  parallel_for(shares, work, [&](std::int64_t share) {
+    body(count * share / shares, count * (share + 1) / shares);
+  });
 }
 
 }  // namespace bnext

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "bnext/types.hpp"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -21,6 +23,10 @@ constexpr int vector_bytes = 32;
 #else
 constexpr int vector_bytes = 16;
 #endif
+
+// Short vectors take many times the code of long ones, on processors where it matters least: what
+// is large is not inlined there.
+constexpr bool compact = vector_bytes == 16;
 
 constexpr std::int64_t lanes = 16;
 
@@ -42,11 +48,13 @@ typedef std::uint32_t u32v __attribute__((vector_size(vector_bytes)));
 typedef std::uint16_t u16v __attribute__((vector_size(vector_bytes)));
 typedef std::int32_t i32v __attribute__((vector_size(vector_bytes)));
 typedef std::int64_t i64v __attribute__((vector_size(vector_bytes)));
-typedef std::int32_t half_i32v __attribute__((vector_size(vector_bytes / 2)));
+typedef std::uint16_t half_u16v __attribute__((vector_size(vector_bytes / 2)));
 
-// Elements of a vector.
-template <class T>
-constexpr std::int64_t vector_length = vector_bytes / sizeof(T);
+// Values of type S in a vector: it holds them as what they are computed in.
+template <class S>
+using Vector = typename Native<Compute<S>>::type;
+template <class S>
+constexpr std::int64_t vector_length = vector_bytes / sizeof(Compute<S>);
 
 // -- one vector -----------------------------------------------------------------------------------
 
@@ -57,45 +65,60 @@ BNEXT_INLINE V load_vector(const void* p) {
   return v;
 }
 
-// As many integers as a vector of T has elements, each as wide as T.
-template <class T>
-BNEXT_INLINE auto load_integers(const std::int32_t* p) {
-  if constexpr (sizeof(T) == 4)
-    return load_vector<i32v>(p);
-  else
-    return __builtin_convertvector(load_vector<half_i32v>(p), i64v);
+template <class V>
+BNEXT_INLINE void store_vector(V v, void* p) {
+  __builtin_memcpy(p, &v, sizeof v);
 }
 
-// The first n elements at p; `fill` in the other lanes.
-template <class T>
-BNEXT_INLINE typename Native<T>::type load_vector_first(const T* p, std::int64_t n, T fill) {
-  T values[vector_length<T>];
-  for (std::int64_t l = 0; l < vector_length<T>; ++l) values[l] = l < n ? p[l] : fill;
-  return load_vector<typename Native<T>::type>(values);
+// The first n elements at p, zero bits in the other lanes; and back.
+template <class V, class E>
+BNEXT_INLINE V load_vector_first(const E* p, std::int64_t n) {
+  E values[sizeof(V) / sizeof(E)]{};
+  for (std::int64_t l = 0; l < n && l < static_cast<std::int64_t>(sizeof(V) / sizeof(E)); ++l)
+    values[l] = p[l];
+  return load_vector<V>(values);
 }
-
-// The first n elements of v, to p.
-template <class T>
-BNEXT_INLINE void store_vector_first(typename Native<T>::type v, std::int64_t n, T* p) {
-  T values[vector_length<T>];
-  __builtin_memcpy(values, &v, sizeof v);
+template <class V, class E>
+BNEXT_INLINE void store_vector_first(V v, std::int64_t n, E* p) {
+  E values[sizeof(V) / sizeof(E)];
+  store_vector(v, values);
   for (std::int64_t l = 0; l < n; ++l) p[l] = values[l];
 }
 
 #if defined(__AVX512F__)
-BNEXT_INLINE f32v load_vector_first(const float* p, std::int64_t n, float fill) {
-  const unsigned mask = n >= 16 ? 0xFFFFu : n > 0 ? (1u << n) - 1 : 0;
-  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(mask), p);
+// The first n of `lanes` lanes.
+BNEXT_INLINE unsigned first_lanes(std::int64_t n, unsigned all) {
+  return n >= 16 ? all : n > 0 ? ((1u << n) - 1) & all : 0;
 }
-BNEXT_INLINE f64v load_vector_first(const double* p, std::int64_t n, double fill) {
-  const unsigned mask = n >= 8 ? 0xFFu : n > 0 ? (1u << n) - 1 : 0;
-  return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(mask), p);
+template <>
+BNEXT_INLINE f32v load_vector_first<f32v>(const float* p, std::int64_t n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes(n, 0xFFFF)), p);
 }
-BNEXT_INLINE void store_vector_first(f32v v, std::int64_t n, float* p) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+template <>
+BNEXT_INLINE f64v load_vector_first<f64v>(const double* p, std::int64_t n) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(n, 0xFF)), p);
 }
-BNEXT_INLINE void store_vector_first(f64v v, std::int64_t n, double* p) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
+template <>
+BNEXT_INLINE half_u16v load_vector_first<half_u16v>(const std::uint16_t* p, std::int64_t n) {
+  return (half_u16v)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(n, 0xFFFF)), p);
+}
+template <>
+BNEXT_INLINE void store_vector_first<f32v>(f32v v, std::int64_t n, float* p) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(first_lanes(n, 0xFFFF)), v);
+}
+template <>
+BNEXT_INLINE void store_vector_first<f64v>(f64v v, std::int64_t n, double* p) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(n, 0xFF)), v);
+}
+template <>
+BNEXT_INLINE void store_vector_first<half_u16v>(half_u16v v, std::int64_t n, std::uint16_t* p) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(first_lanes(n, 0xFFFF)), (__m256i)v);
+}
+BNEXT_INLINE f32v from_half(half_u16v v) {
+  return _mm512_cvtph_ps((__m256i)v);
+}
+BNEXT_INLINE half_u16v to_half(f32v v) {
+  return (half_u16v)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 // Eight (four, two) floats at p as doubles.
 BNEXT_INLINE f64v load_widened(const float* p) {
@@ -131,20 +154,37 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)_mm512_mask_shuffle_epi32((__m512i)a, 0xAAAA, (__m512i)b, _MM_PERM_CCAA);
 }
+// One bit for each lane that is at least as large, as a signed number.
+BNEXT_INLINE unsigned lanes_at_least(u32v v, std::int32_t least) {
+  return _mm512_cmpge_epi32_mask((__m512i)v, _mm512_set1_epi32(least));
+}
+// Whether any 16 bits of v equal those of `to`.
+BNEXT_INLINE unsigned any_equal(u32v v, u16v to) {
+  return _mm512_cmpeq_epi16_mask((__m512i)v, (__m512i)to);
+}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
 }
-#elif defined(__AVX2__)
-BNEXT_INLINE f32v load_vector_first(const float* p, std::int64_t n, float fill) {
-  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : static_cast<int>(n)),
-                                          _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask),
-                          _mm256_castsi256_ps(mask));
+BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
+  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
 }
-BNEXT_INLINE f64v load_vector_first(const double* p, std::int64_t n, double fill) {
-  const __m256i mask = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
-  return _mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask),
-                          _mm256_castsi256_pd(mask));
+#elif defined(__AVX2__)
+template <>
+BNEXT_INLINE f32v load_vector_first<f32v>(const float* p, std::int64_t n) {
+  return _mm256_maskload_ps(p,
+                            _mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : static_cast<int>(n)),
+                                               _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
+template <>
+BNEXT_INLINE f64v load_vector_first<f64v>(const double* p, std::int64_t n) {
+  return _mm256_maskload_pd(
+      p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
+}
+BNEXT_INLINE f32v from_half(half_u16v v) {
+  return _mm256_cvtph_ps((__m128i)v);
+}
+BNEXT_INLINE half_u16v to_half(f32v v) {
+  return (half_u16v)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm256_cvtps_pd(_mm_loadu_ps(p));
@@ -175,8 +215,14 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)_mm256_blend_epi32((__m256i)a, (__m256i)(b << 32), 0xAA);
 }
+BNEXT_INLINE unsigned any_equal(u32v v, u16v to) {
+  return static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi16((__m256i)v, (__m256i)to)));
+}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+}
+BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
+  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
 }
 #elif defined(__SSE2__)
 BNEXT_INLINE f64v load_widened(const float* p) {
@@ -207,8 +253,16 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
 }
+BNEXT_INLINE unsigned any_equal(u32v v, u16v to) {
+  return static_cast<unsigned>(_mm_movemask_epi8(_mm_cmpeq_epi16((__m128i)v, (__m128i)to)));
+}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+}
+BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
+  long long bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  _mm_stream_si64(static_cast<long long*>(to), bits);
 }
 #else
 BNEXT_INLINE f64v load_widened(const float* p) {
@@ -239,10 +293,131 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
 }
+BNEXT_INLINE unsigned any_equal(u32v v, u16v to) {
+  unsigned any = 0;
+  for (std::int64_t l = 0; l < vector_bytes / 2; ++l) any |= ((u16v)v)[l] == to[l];
+  return any;
+}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
-  __builtin_memcpy(to, &v, sizeof v);
+  store_vector(v, to);
+}
+BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
+  store_vector(v, to);
 }
 #endif
+
+#if !defined(__AVX512F__)
+BNEXT_INLINE unsigned lanes_at_least(u32v v, std::int32_t least) {
+  return mask_of_lanes((i32v)v >= least);
+}
+#endif
+
+#if !defined(__F16C__)
+// IEEE half precision by integers, as the processors that have instructions for it do it.
+__attribute__((noinline)) f32v from_half(half_u16v v) {
+  const u32v bits = __builtin_convertvector(v, u32v);
+  const u32v magnitude = (bits & 0x7FFFu) << 13;
+  // As a number 2^112 too small, subnormals included; infinities and NaN keep their exponent.
+  const f32v scaled = (f32v)magnitude * 0x1p112f;
+  const u32v quiet = (magnitude & 0x7FFFFFu) != 0 ? u32v{} + 0x400000u : u32v{};
+  const u32v special = magnitude | 0x7F800000u | quiet;
+  const u32v value = magnitude >= 0x0F800000u ? special : (u32v)scaled;
+  return (f32v)(value | (bits & 0x8000u) << 16);
+}
+__attribute__((noinline)) half_u16v to_half(f32v v) {
+  const u32v bits = (u32v)v, sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  const u32v nan = (magnitude >> 13 & 0x3FFu) | 0x7E00u;
+  // To the nearest multiple of 2^-24, half of which is what 0.5 has no room for.
+  const u32v small = (u32v)((f32v)magnitude + 0.5f) - 0x3F000000u;
+  const u32v normal = (magnitude + 0xC8000FFFu + (magnitude >> 13 & 1u)) >> 13;
+  const u32v finite = magnitude < 0x38800000u ? small : normal;
+  const u32v limited = magnitude >= 0x47800000u ? u32v{} + 0x7C00u : finite;
+  return __builtin_convertvector((magnitude > 0x7F800000u ? nan : limited) | sign, half_u16v);
+}
+#endif
+
+// -- values in memory and vectors of them ---------------------------------------------------------
+
+BNEXT_INLINE f32v from_bfloat(half_u16v v) {
+  return (f32v)(__builtin_convertvector(v, u32v) << 16);
+}
+// To nearest, ties to even.
+BNEXT_INLINE half_u16v to_bfloat(f32v v) {
+  const u32v bits = (u32v)v;
+  const u32v rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? bits >> 16 | 0x40u : rounded, half_u16v);
+}
+
+// How a dtype lies in memory: as vectors of what it is computed in, or as 16 bits to be converted.
+template <class S>
+struct Storage {
+  using Bits = Vector<S>;
+  using Element = S;
+  static BNEXT_INLINE Vector<S> decode(Bits v) { return v; }
+  static BNEXT_INLINE Bits encode(Vector<S> v) { return v; }
+  static BNEXT_INLINE void stream(void* to, Bits v) { stream_vector(to, (u32v)v); }
+};
+template <f32v (*from)(half_u16v), half_u16v (*to)(f32v)>
+struct HalfStorage {
+  using Bits = half_u16v;
+  using Element = std::uint16_t;
+  static BNEXT_INLINE f32v decode(Bits v) { return from(v); }
+  static BNEXT_INLINE Bits encode(f32v v) { return to(v); }
+  static BNEXT_INLINE void stream(void* to_, Bits v) { stream_half_vector(to_, v); }
+};
+template <>
+struct Storage<float16> : HalfStorage<from_half, to_half> {};
+template <>
+struct Storage<bfloat16> : HalfStorage<from_bfloat, to_bfloat> {};
+
+template <class S>
+BNEXT_INLINE Vector<S> load_values(const S* p) {
+  return Storage<S>::decode(load_vector<typename Storage<S>::Bits>(p));
+}
+template <class S>
+BNEXT_INLINE void store_values(Vector<S> v, S* p) {
+  store_vector(Storage<S>::encode(v), p);
+}
+// Past the caches.
+template <class S>
+BNEXT_INLINE void stream_values(Vector<S> v, S* p) {
+  Storage<S>::stream(p, Storage<S>::encode(v));
+}
+// The first n only; zero in the other lanes.
+template <class S>
+BNEXT_INLINE Vector<S> load_values_first(const S* p, std::int64_t n) {
+  using Memory = Storage<S>;
+  return Memory::decode(load_vector_first<typename Memory::Bits>(
+      reinterpret_cast<const typename Memory::Element*>(p), n));
+}
+template <class S>
+BNEXT_INLINE void store_values_first(Vector<S> v, std::int64_t n, S* p) {
+  using Memory = Storage<S>;
+  store_vector_first(Memory::encode(v), n, reinterpret_cast<typename Memory::Element*>(p));
+}
+
+// The lanes of a where the bit of a lane is set, of b elsewhere.
+template <class V>
+BNEXT_INLINE V select_lanes(std::uint32_t mask, V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof a[0] == 4)
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), b, a);
+  else
+    return _mm512_mask_blend_pd(static_cast<__mmask8>(mask), b, a);
+#else
+  using Lanes = decltype(a < b);
+  Lanes bits{};
+  for (std::int64_t l = 0; l < static_cast<std::int64_t>(sizeof(V) / sizeof a[0]); ++l)
+    bits[l] = 1 << l;
+  return (bits & static_cast<int>(mask & 0xFFFFu)) != 0 ? a : b;
+#endif
+}
+
+// The first n lanes of v, those of `rest` after them.
+template <class V>
+BNEXT_INLINE V first_lanes_of(V v, std::int64_t n, V rest) {
+  return select_lanes(n >= 16 ? 0xFFFFu : n > 0 ? (1u << n) - 1 : 0, v, rest);
+}
 
 // -- packs ----------------------------------------------------------------------------------------
 
@@ -286,19 +461,39 @@ BNEXT_INLINE Vectors<f64v, n> multiply_add(Vectors<f64v, n> a, Vectors<f64v, n> 
   return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
 }
 
+// a + b, by units that multiply, which have nothing to do where those that add have too much.
+using Ones = f64v;
+BNEXT_INLINE Ones ones_not_known_to_the_compiler() {
+  f64v one = 1.0 - f64v{};
+#if defined(__SSE2__)
+  __asm__("" : "+x"(one));
+#endif
+  return one;
+}
+BNEXT_INLINE Vectors<f64v, 1> add_by_multiplying(Vectors<f64v, 1> a, Ones ones,
+                                                 Vectors<f64v, 1> b) {
+#if defined(__AVX2__)
+  return {multiply_add(a.only, ones, b.only)};
+#else
+  (void)ones;
+  return {a.only + b.only};
+#endif
+}
+template <int n>
+BNEXT_INLINE Vectors<f64v, n> add_by_multiplying(Vectors<f64v, n> a, Ones ones,
+                                                 Vectors<f64v, n> b) {
+  return {add_by_multiplying(a.low, ones, b.low), add_by_multiplying(a.high, ones, b.high)};
+}
+
+// Elements of the lower half of n vectors.
+template <class V, int n>
+constexpr std::int64_t half_length = n / 2 * static_cast<std::int64_t>(sizeof(V) / sizeof(V{}[0]));
+
 template <class P>
 struct Access;
 
 template <class V>
 struct Access<Vectors<V, 1>> {
-  template <class T>
-  static BNEXT_INLINE Vectors<V, 1> load(const T* p) {
-    return {load_vector<V>(p)};
-  }
-  template <class T>
-  static BNEXT_INLINE Vectors<V, 1> load_first(const T* p, std::int64_t n, T fill) {
-    return {load_vector_first(p, n, fill)};
-  }
   template <class T>
   static BNEXT_INLINE Vectors<V, 1> broadcast(T value) {
     return {value - V{}};
@@ -306,48 +501,50 @@ struct Access<Vectors<V, 1>> {
   static BNEXT_INLINE Vectors<V, 1> widened(const float* p) { return {load_widened(p)}; }
   template <class T>
   static BNEXT_INLINE void store(Vectors<V, 1> v, T* to) {
-    __builtin_memcpy(to, &v.only, sizeof v.only);
+    store_vector(v.only, to);
+  }
+  // The vectors that f(i) gives for the elements from i on.
+  template <class F>
+  static BNEXT_INLINE Vectors<V, 1> each(std::int64_t i, F f) {
+    return {f(i)};
   }
 };
 
 template <class V, int n>
 struct Access<Vectors<V, n>> {
   using Half = Access<Vectors<V, n / 2>>;
-  template <class T>
-  static constexpr std::int64_t half() {
-    return n / 2 * vector_bytes / static_cast<std::int64_t>(sizeof(T));
-  }
-  template <class T>
-  static BNEXT_INLINE Vectors<V, n> load(const T* p) {
-    return {Half::load(p), Half::load(p + half<T>())};
-  }
-  template <class T>
-  static BNEXT_INLINE Vectors<V, n> load_first(const T* p, std::int64_t count, T fill) {
-    return {Half::load_first(p, count, fill),
-            Half::load_first(p + half<T>(), count - half<T>(), fill)};
-  }
+  static constexpr std::int64_t half = half_length<V, n>;
   template <class T>
   static BNEXT_INLINE Vectors<V, n> broadcast(T value) {
     return {Half::broadcast(value), Half::broadcast(value)};
   }
   static BNEXT_INLINE Vectors<V, n> widened(const float* p) {
-    return {Half::widened(p), Half::widened(p + half<double>())};
+    return {Half::widened(p), Half::widened(p + half)};
   }
   template <class T>
   static BNEXT_INLINE void store(Vectors<V, n> v, T* to) {
     Half::store(v.low, to);
-    Half::store(v.high, to + half<T>());
+    Half::store(v.high, to + half);
+  }
+  template <class F>
+  static BNEXT_INLINE Vectors<V, n> each(std::int64_t i, F f) {
+    const auto low = Half::each(i, f);
+    return {low, Half::each(i + half, f)};
   }
 };
 
-template <class T>
-BNEXT_INLINE Pack<T> load(const T* p) {
-  return Access<Pack<T>>::load(p);
+// Sixteen values of type S from memory.
+template <class S>
+BNEXT_INLINE Pack<Compute<S>> load(const S* p) {
+  return Access<Pack<Compute<S>>>::each(
+      0, [p](std::int64_t i) __attribute__((always_inline)) { return load_values(p + i); });
 }
-// The first n of sixteen values, `fill` for the rest.
-template <class T>
-BNEXT_INLINE Pack<T> load_first(const T* p, std::int64_t n, T fill) {
-  return Access<Pack<T>>::load_first(p, n, fill);
+// The first n of sixteen values, zero for the rest.
+template <class S>
+BNEXT_INLINE Pack<Compute<S>> load_first(const S* p, std::int64_t n) {
+  return Access<Pack<Compute<S>>>::each(0, [=](std::int64_t i) __attribute__((always_inline)) {
+    return load_values_first(p + i, n - i);
+  });
 }
 template <class T>
 BNEXT_INLINE Pack<T> broadcast(T value) {
@@ -378,21 +575,23 @@ BNEXT_INLINE Pack<double> widen(Pack<float> v) {
 }
 #endif
 // Sixteen values from memory, as doubles.
+template <class S>
+BNEXT_INLINE Pack<double> load_wide(const S* p) {
+  return widen(load(p));
+}
 BNEXT_INLINE Pack<double> load_wide(const float* p) {
   return Access<Pack<double>>::widened(p);
 }
-BNEXT_INLINE Pack<double> load_wide(const double* p) {
-  return load(p);
-}
 
-// f of each vector of some packs.
-template <class F, class V, class... More>
-BNEXT_INLINE Vectors<V, 1> each_vector(F f, Vectors<V, 1> first, More... more) {
-  return {f(first.only, more.only...)};
+template <class V>
+BNEXT_INLINE Vectors<V, 1> first_lanes_of(Vectors<V, 1> v, std::int64_t n, Vectors<V, 1> rest) {
+  return {first_lanes_of(v.only, n, rest.only)};
 }
-template <class F, class V, int n, class... More>
-BNEXT_INLINE Vectors<V, n> each_vector(F f, Vectors<V, n> first, More... more) {
-  return {each_vector(f, first.low, more.low...), each_vector(f, first.high, more.high...)};
+template <class V, int count>
+BNEXT_INLINE Vectors<V, count> first_lanes_of(Vectors<V, count> v, std::int64_t n,
+                                              Vectors<V, count> rest) {
+  return {first_lanes_of(v.low, n, rest.low),
+          first_lanes_of(v.high, n - half_length<V, count>, rest.high)};
 }
 
 // The sum of the lanes, in an order of its own but the same everywhere: the upper half is added to
@@ -450,151 +649,179 @@ struct Next {
 
 // -- writing results ------------------------------------------------------------------------------
 
-// The lanes of a where the bit of a lane is set, of b elsewhere.
-template <class T>
-BNEXT_INLINE typename Native<T>::type select_lanes(std::uint32_t mask, typename Native<T>::type a,
-                                                   typename Native<T>::type b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), b, a);
-  else
-    return _mm512_mask_blend_pd(static_cast<__mmask8>(mask), b, a);
-#else
-  using Lanes = decltype(load_integers<T>(nullptr));
-  Lanes bits{};
-  for (std::int64_t l = 0; l < vector_length<T>; ++l) bits[l] = 1 << l;
-  return (bits & static_cast<int>(mask & 0xFFFFu)) != 0 ? a : b;
-#endif
-}
-
 // A place in a row: a vector of elements, or the first few of one where the row begins or ends.
 // Calling it with an array over the row reads what lies there.
-template <class T>
+template <class S>
 struct Place {
-  using Vector = typename Native<T>::type;
+  static constexpr std::int64_t count = vector_length<S>;
   std::int64_t i;
 
-  BNEXT_INLINE Vector operator()(const T* row) const { return load_vector<Vector>(row + i); }
-  BNEXT_INLINE void write(Vector v, T* __restrict row) const {
-    __builtin_memcpy(row + i, &v, sizeof v);
+  template <class E>
+  BNEXT_INLINE Vector<E> operator()(const E* row) const {
+    return load_values(row + i);
+  }
+  BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const { store_values(v, row + i); }
+  // Past the caches, where that is possible.
+  BNEXT_INLINE void stream(Vector<S> v, S* __restrict row) const {
+    if (reinterpret_cast<std::uintptr_t>(row + i) % (vector_length<S> * sizeof(S)) == 0)
+      stream_values(v, row + i);
+    else
+      write(v, row);
   }
 };
-template <class T>
+template <class S>
 struct PartialPlace {
-  using Vector = typename Native<T>::type;
   std::int64_t i, count;
 
-  BNEXT_INLINE Vector operator()(const T* row) const {
-    return load_vector_first(row + i, count, T{0});
+  template <class E>
+  BNEXT_INLINE Vector<E> operator()(const E* row) const {
+    return load_values_first(row + i, count);
   }
-  BNEXT_INLINE void write(Vector v, T* __restrict row) const {
-    store_vector_first(v, count, row + i);
+  BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const {
+    store_values_first(v, count, row + i);
   }
+  BNEXT_INLINE void stream(Vector<S> v, S* __restrict row) const { write(v, row); }
 };
 
 // Elements from p to the first line that begins there or later.
-template <class T>
-BNEXT_INLINE std::int64_t until_next_line(const T* p) {
-  const auto begun = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) / sizeof(T));
-  return -begun & (line_length<T> - 1);
+template <class S>
+BNEXT_INLINE std::int64_t until_next_line(const S* p) {
+  const auto begun = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) / sizeof(S));
+  return -begun & (line_length<S> - 1);
 }
 
 // Calls body(place) for elements [i, end).
-template <class T, class Body>
+template <class S, class Body>
 BNEXT_INLINE void each_place(std::int64_t i, std::int64_t end, Body body) {
-  for (; i + vector_length<T> <= end; i += vector_length<T>) body(Place<T>{i});
-  if (i < end) body(PartialPlace<T>{i, end - i});
+  for (; i + vector_length<S> <= end; i += vector_length<S>) body(Place<S>{i});
+  if (i < end) body(PartialPlace<S>{i, end - i});
 }
 
 // The line that two neighbouring rows share: put together here, it can be streamed too. A store of
 // a part of it would have to wait for memory, and all later ones with it.
-template <class T>
+template <class S>
 struct SharedLine {
   bool begun = false;      // by the row before this one
   bool continues = false;  // in the row after this one, which is no shorter than a line
-  alignas(64) T values[line_length<T>];
+  alignas(64) S values[line_length<S>];
 };
 
-template <class T>
-constexpr SharedLine<T>* no_shared_line = nullptr;
+template <class S>
+constexpr SharedLine<S>* no_shared_line = nullptr;
 
 // Writes value(k, place, row), k = coefficients(place), to each place of `rows` rows of `length`
 // elements, `stride` apart: rows that share coefficients are written together. With `streaming`
 // past the caches: worth it where nothing will read the result before it would have left them
-// anyway. fetch(i, count) is called before elements [i, i + count) are asked for. More than one row
-// needs a stride of whole lines, and no shared line.
-template <int rows, class T, class Coefficients, class Value, class Fetch>
-BNEXT_INLINE void write(T* __restrict to, std::int64_t stride, std::int64_t length, bool streaming,
-                        SharedLine<T>* shared, Coefficients coefficients, Value value,
-                        Fetch fetch) {
-  constexpr std::int64_t line = line_length<T>, block = 8 / rows * line;
-  const auto write_at = [&](auto place, T* __restrict at) __attribute__((always_inline)) {
+// anyway. before(i, count) is called before elements [i, i + count) are asked for, in rising order
+// without gaps. More than one row needs a stride of whole lines, and no shared line. `much`: the
+// values take so much code that there should be few copies of it.
+template <int rows, bool much, class S, class Coefficients, class Value, class Before>
+BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t length, bool streaming,
+                        SharedLine<S>* shared, Coefficients coefficients, Value value,
+                        Before before) {
+  constexpr bool large = much || compact;
+  constexpr std::int64_t line = line_length<S>, step = 2 * line;
+  constexpr std::int64_t block = large || rows > 1 ? step : 4 * line;
+  const auto write_at = [&](auto place, S* __restrict at) __attribute__((always_inline)) {
     const auto k = coefficients(place);
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) place.write(value(k, place, row), at + row * stride);
   };
-  const auto write_range = [&](std::int64_t begin, std::int64_t end,
-                               T* __restrict at) __attribute__((always_inline)) {
-    each_place<T>(begin, end,
+  const auto write_each = [&](std::int64_t begin, std::int64_t end,
+                              S* __restrict at) __attribute__((always_inline)) {
+    each_place<S>(begin, end,
                   [&](auto place) __attribute__((always_inline)) { write_at(place, at); });
   };
-  const auto stream = [](T* __restrict at, typename Native<T>::type v)
-                          __attribute__((always_inline)) { stream_vector(at, (u32v)v); };
+  const auto write_each_once = [&](std::int64_t begin, std::int64_t end, S* __restrict at)
+                                   __attribute__((noinline)) { write_each(begin, end, at); };
+  const auto write_range = [&](std::int64_t begin, std::int64_t end, S* __restrict at)
+                               __attribute__((always_inline)) {
+                                 if constexpr (large)
+                                   write_each_once(begin, end, at);
+                                 else
+                                   write_each(begin, end, at);
+                               };
+  const auto stream_at = [&](std::int64_t at, int row) __attribute__((always_inline)) {
+    const Place<S> place{at};
+    stream_values(value(coefficients(place), place, row), to + row * stride + at);
+  };
+  const auto stream_lines = [&](std::int64_t begin,
+                                std::int64_t end) __attribute__((always_inline)) {
+    for (int row = 0; row < rows; ++row)
+      if constexpr (large)
+#pragma GCC unroll 1
+        for (std::int64_t at = begin; at < end; at += vector_length<S>) stream_at(at, row);
+      else
+#pragma GCC unroll 8
+        for (std::int64_t at = begin; at < end; at += vector_length<S>) stream_at(at, row);
+  };
 
   // Whole lines first to last: a store across two of them costs twice, and cannot be streamed.
   std::int64_t i = until_next_line(to);
   if (i > length) i = length;
+  if (i > 0) before(0, i);
   if (streaming && shared != nullptr && shared->begun) {
     write_range(0, i, shared->values + line - i);
-    for (std::int64_t k = 0; k < line; k += vector_length<T>)
-      stream(to + i - line + k, Place<T>{k}(shared->values));
+    constexpr std::int64_t vectors = 64 / vector_bytes;
+    for (std::int64_t k = 0; k < vectors; ++k)
+      stream_vector(to + i - line + k * line / vectors,
+                    load_vector<u32v>(shared->values + k * line / vectors));
     shared->begun = false;
-  } else {
+  } else if (i > 0) {
     write_range(0, i, to);
   }
   if (streaming) {
-    // A line at a time, so that reads and writes are under way together.
-    for (; i + line <= length; i += line) {
-      fetch(i, line);
-      for (int row = 0; row < rows; ++row)
+    // A few lines at a time, so that reads and writes are under way together.
+    for (; i + step <= length; i += step) {
+      before(i, step);
+      stream_lines(i, i + step);
+    }
+  } else {
+    for (; i + block <= length; i += block) {
+      before(i, block);
+      if constexpr (large) {
+#pragma GCC unroll 1
+        for (std::int64_t at = 0; at < block; at += vector_length<S>)
+          write_at(Place<S>{i + at}, to);
+      } else {
 #pragma GCC unroll 8
-        for (std::int64_t at = i; at < i + line; at += vector_length<T>) {
-          const Place<T> place{at};
-          stream(to + row * stride + at, value(coefficients(place), place, row));
-        }
+        for (std::int64_t at = 0; at < block; at += vector_length<S>)
+          write_at(Place<S>{i + at}, to);
+      }
+    }
+  }
+  if (i == length) return;
+  before(i, length - i);
+  if (streaming) {
+    if (i + line <= length) {
+      stream_lines(i, i + line);
+      i += line;
     }
     if (shared != nullptr && shared->continues && i < length) {
       write_range(i, length, shared->values - i);
       shared->begun = true;
       return;
     }
-  } else {
-    for (; i + block <= length; i += block) {
-      fetch(i, block);
-#pragma GCC unroll 8
-      for (std::int64_t at = 0; at < block; at += vector_length<T>) write_at(Place<T>{i + at}, to);
-    }
-    if (i < length) fetch(i, length - i);
   }
   write_range(i, length, to);
 }
 
-template <class T>
-BNEXT_INLINE void copy(const T* from, T* to, std::int64_t count) {
-  each_place<T>(0, count, [&](auto at) __attribute__((always_inline)) {
-    at.write(at(from), to);
-    __asm__ volatile("");  // or GCC makes it a `rep movs`, which takes longer to start than to copy
-  });
-}
+// -- bits -----------------------------------------------------------------------------------------
 
-// `count` values that were computed at `staged`, to where they belong.
-template <class T, class Fetch>
-BNEXT_INLINE void write_staged(const T* staged, T* to, std::int64_t count, bool streaming,
-                               SharedLine<T>* shared, Fetch fetch) {
-  write<1>(
-      to, 0, count, streaming, shared, [](auto) { return 0; },
-      [&](int, auto at, int) __attribute__((always_inline)) { return at(staged); }, fetch);
-}
+// A bit for each of some elements, from bit `first` of `bytes` on. Words are read whole: there must
+// be four bytes after the last.
+struct Bits {
+  const std::uint8_t* bytes;
+  std::int64_t first;
+
+  // Those of the elements from i on, lowest first; at least 16 of them.
+  BNEXT_INLINE std::uint32_t at(std::int64_t i) const {
+    const std::int64_t bit = first + i;
+    std::uint32_t word;
+    __builtin_memcpy(&word, bytes + bit / 8, sizeof word);
+    return word >> (bit % 8);
+  }
+};
 
 }  // namespace
 }  // namespace bnext

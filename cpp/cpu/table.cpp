@@ -12,29 +12,31 @@
 namespace bnext {
 namespace {
 
-template <class T>
+template <class S>
 struct Table {
-  using none = epilogue::none;
-  using relu = epilogue::relu;
-  using leaky_relu = epilogue::leaky_relu;
-  static constexpr Kernels<T> kernels{
-      moments<T>,
-      {apply<T, none>, apply<T, relu>, apply<T, leaky_relu>, apply<T, staged>},
-      {grad_sums<T, none>, grad_sums<T, relu>, grad_sums<T, leaky_relu>, grad_sums<T, staged>},
-      {apply_grad<T, none>, apply_grad<T, relu>, apply_grad<T, leaky_relu>, apply_grad<T, staged>},
-      dropout<T>};
+  using None = Plain<S, epilogue::none>;
+  using Relu = Plain<S, epilogue::relu>;
+  using Any = General<S, Mask::drawn>;
+  using AnySums = General<S, Mask::drawn_and_noted>;
+  using AnyAgain = General<S, Mask::noted>;
+  static constexpr Kernels<S> kernels{
+      moments<S>,
+      {apply<S, None>, apply<S, Relu>, apply<S, Any>},
+      {grad_sums<S, None>, grad_sums<S, Relu>, grad_sums<S, AnySums>},
+      {apply_grad<S, None, None>, apply_grad<S, Relu, Relu>, apply_grad<S, AnyAgain, AnySums>},
+      dropout<S>};
 };
 
-template <class T, class Args>
+template <class S, class Args>
 void run(const Args& args) {
-  launch(args, Table<T>::kernels);
+  launch(args, Table<S>::kernels);
 }
 
 }  // namespace
 
 #define BNEXT_CONCAT(a, b) a##b
 #define BNEXT_BACKEND_OF(id) BNEXT_CONCAT(backend_, id)
-#define BNEXT_LAUNCHER_FOR_DTYPE(name, type) run<type>,
+#define BNEXT_LAUNCHER_FOR_DTYPE(name, type, compute) run<type>,
 #define BNEXT_ROW(op, args) {BNEXT_DTYPES(BNEXT_LAUNCHER_FOR_DTYPE)},
 
 extern const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID);

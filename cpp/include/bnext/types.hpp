@@ -10,22 +10,38 @@
 
 namespace bnext {
 
-// float32, float64
+// float32, float64, float16, bfloat16
 enum class DType {
-#define BNEXT_ENUMERATOR(name, type) name,
+#define BNEXT_ENUMERATOR(name, type, compute) name,
   BNEXT_DTYPES(BNEXT_ENUMERATOR)
 #undef BNEXT_ENUMERATOR
 };
 
 template <class T>
 constexpr DType dtype_of();
-#define BNEXT_DTYPE_OF(name, type)   \
-  template <>                        \
-  constexpr DType dtype_of<type>() { \
-    return DType::name;              \
+#define BNEXT_DTYPE_OF(name, type, compute) \
+  template <>                               \
+  constexpr DType dtype_of<type>() {        \
+    return DType::name;                     \
   }
 BNEXT_DTYPES(BNEXT_DTYPE_OF)
 #undef BNEXT_DTYPE_OF
+
+// What values of type S are computed in, and what weight, bias and statistics are stored in.
+template <class S>
+struct ComputeOf;
+#define BNEXT_COMPUTE(name, type_, compute) \
+  template <>                               \
+  struct ComputeOf<type_> {                 \
+    using type = compute;                   \
+  };
+BNEXT_DTYPES(BNEXT_COMPUTE)
+#undef BNEXT_COMPUTE
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+// The dtype of weight, bias and statistics for data of this one: float32 for those of 16 bits.
+DType parameter_dtype(DType dtype);
 
 // An array argument has the wrong dtype. Wrong values and shapes raise std::invalid_argument.
 class DTypeError : public std::invalid_argument {
