@@ -588,8 +588,6 @@ def test_every_optimizer_has_the_option(kind):
 
 def test_a_scaling_of_ones_own():
     class Half(GradientScaling):
-        pairs = ()
-
         def parameters(self):
             return [weight]
 
@@ -608,6 +606,7 @@ def test_a_scaling_of_ones_own():
     optimizer.step()
     assert weight.data == 0.75
     optimizer.load_state_dict(optimizer.state_dict())
+    assert repr(Half()) == "Half()"
 
 
 # The layer that BNP learns from

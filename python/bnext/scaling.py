@@ -28,7 +28,7 @@ class GradientScaling:
         Names of the two layers of each pair that was found in the model.
     """
 
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[str, str], ...] = ()
 
     def parameters(self) -> list[Parameter]:
         """The parameters whose gradients are replaced."""
@@ -48,7 +48,7 @@ class GradientScaling:
 
     def _shown(self) -> dict[str, Any]:
         """The arguments shown by `repr`."""
-        raise NotImplementedError(f"{type(self).__name__}._shown")
+        return {}
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
