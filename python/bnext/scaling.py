@@ -105,9 +105,10 @@ class BatchNormScaling(GradientScaling):
     use it with SGD. A learning rate that the growth of the weights no longer slows down needs a
     schedule that falls (Arora, Li & Lyu, arXiv:1812.03981).
 
-    Running variances begin at 1, which is no variance of anything. For a BatchNorm that is new
-    when the scaling is made, the share :math:`(1 - \text{momentum})^t` that this 1 still has
-    after t batches is taken out, as Adam does with its moments.
+    Running variances begin at 1, which is no variance of anything. The share
+    :math:`(1 - \text{momentum})^t` that this 1 still has after t batches is taken out, as Adam does
+    with its moments. A BatchNorm that has seen no batch and yet has other variances, as after an
+    import, is taken as it is.
 
     References
     ----------
