@@ -121,6 +121,7 @@ def layers():
         ),
         "global avg pool": (nn.GlobalAvgPool2d(), normal(2, 3, 4, 5)),
         "flatten": (nn.Flatten(), normal(2, 3, 4)),
+        "input statistics": (nn.InputStatistics(3), normal(2, 3, 4)),
         "sequential": (
             nn.Sequential(nn.Linear(4, 6, dtype=F64), nn.LeakyReLU(), nn.Linear(6, 2, dtype=F64)),
             normal(3, 4),

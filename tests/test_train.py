@@ -15,6 +15,7 @@ from bnext.checkpoint import CheckpointError
 from bnext.losses import softmax_cross_entropy
 from bnext.optim import SGD, Adam
 from bnext.random import default_generator
+from bnext.scaling import BatchNormScaling
 from bnext.train import (
     COLUMNS,
     Metrics,
@@ -54,6 +55,11 @@ def adam(model):
 
 def sgd(model):
     return SGD(model.named_parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+def scaled(model):
+    scaling = BatchNormScaling(model, 0.7, ref=2, divide_by_weight=True)
+    return SGD(model.named_parameters(), 0.1, momentum=0.9, scaling=scaling, max_norm=1)
 
 
 def schedule(step):
@@ -234,7 +240,7 @@ def test_the_default_log_is_print(capsys):
 
 @pytest.mark.parametrize("stop", [1, 3])
 @pytest.mark.parametrize("augment", [None, data.Augment(crop=1, flip=True)])
-@pytest.mark.parametrize("optimizer", [adam, sgd])
+@pytest.mark.parametrize("optimizer", [adam, sgd, scaled])
 def test_resume_is_bit_for_bit(tmp_path, optimizer, augment, stop):
     options = dict(optimizer=optimizer, augment=augment, normalizer=normalizer())
     trainer(out=tmp_path, **options).fit(stop)
@@ -254,6 +260,7 @@ def test_resume_is_bit_for_bit(tmp_path, optimizer, augment, stop):
     [
         dict(seed=1),
         dict(optimizer=sgd),
+        dict(optimizer=scaled),
         dict(augment=data.Augment(crop=1)),
         dict(normalizer=normalizer()),
         dict(batch_size=BATCH + 1),
@@ -529,6 +536,7 @@ def test_bad_data_are_refused_before_training(changes, message):
             r"of another model: .*unexpected key 'norm1a\.bias'",
         ),
         (dict(optimizer=sgd), r"of another optimizer: .*missing key 'momentum\.conv1a\.weight'"),
+        (dict(optimizer=scaled), r"of another optimizer: .*missing key 'scaling\.alpha'"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, other, message):

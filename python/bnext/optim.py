@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from bnext.nn.module import Array, Parameter, number
+from bnext.regularizers import checked_limit, clip_unit_norms
+from bnext.scaling import GradientScaling
 
 __all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
 
@@ -26,6 +28,12 @@ class Optimizer:
     weight_decay : float
         >= 0. Applies only to parameters with ``decay``: BatchNorm's weight and bias and
         other layers' biases are spared.
+    scaling : GradientScaling, optional
+        Gradients to use instead of ``.grad``: `bnext.scaling.BatchNormScaling` or
+        `bnext.scaling.BNP` of the model. Its options are part of the state.
+    max_norm : float, optional
+        > 0. Limit for the norm of the weights of each unit, enforced after each step; see
+        `bnext.regularizers.max_norm`.
 
     Notes
     -----
@@ -42,6 +50,8 @@ class Optimizer:
         lr: float,
         *,
         weight_decay: float,
+        scaling: GradientScaling | None = None,
+        max_norm: float | None = None,
     ) -> None:
         self._parameters: dict[str, Parameter] = {}
         for index, item in enumerate(parameters):
@@ -60,6 +70,22 @@ class Optimizer:
             raise ValueError(f"{self._name}: parameters: expected at least one, got none")
         self.lr = lr
         self._weight_decay = self._checked("weight_decay", weight_decay)
+        self._scaling = scaling
+        if scaling is not None:
+            if not isinstance(scaling, GradientScaling):
+                raise TypeError(
+                    f"{self._name}: scaling: expected a GradientScaling, such as "
+                    f"BatchNormScaling(model), got {type(scaling).__name__}"
+                )
+            own = {id(parameter) for parameter in self._parameters.values()}
+            if all(id(parameter) not in own for parameter in scaling.parameters()):
+                raise ValueError(
+                    f"{self._name}: scaling: expected the model that the parameters belong to, "
+                    "got another"
+                )
+        self._max_norm = (
+            None if max_norm is None else checked_limit(self._name, "max_norm", max_norm)
+        )
         self._steps = dict.fromkeys(self._parameters, 0)
         self._state = {
             f"{slot}.{name}": np.zeros_like(parameter.data)
@@ -97,6 +123,7 @@ class Optimizer:
 
     def step(self) -> None:
         """Update every parameter that has a gradient, in place."""
+        scaled = {} if self._scaling is None else self._scaling.gradients()
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
@@ -107,13 +134,15 @@ class Optimizer:
             )
             self._update(
                 data,
-                parameter.grad,
+                scaled.get(parameter, parameter.grad),
                 self._weight_decay if parameter.decay else 0.0,
                 [self._state[f"{slot}.{name}"] for slot in self._slots],
                 self._steps[name],
                 work_1,
                 work_2,
             )
+            if self._max_norm is not None:
+                clip_unit_norms(data, self._max_norm)
 
     def _update(
         self,
@@ -131,10 +160,13 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that steps change, flat: ``lr``, ``step.<name>``, ``<slot>.<name>``.
 
-        The arrays are the optimizer's own, not copies.
+        With `scaling`, also its options, ``scaling.<option>``. The arrays are the optimizer's
+        own, not copies.
         """
         steps = {f"step.{name}": step for name, step in self._steps.items()}
-        return {"lr": self.lr, **steps, **self._state}
+        scaling = {} if self._scaling is None else self._scaling.state_dict()
+        options = {f"scaling.{name}": value for name, value in scaling.items()}
+        return {"lr": self.lr, **steps, **options, **self._state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over `state`, as `state_dict` gives it.
@@ -161,7 +193,13 @@ class Optimizer:
                 raise ValueError(
                     f"{self._name}.load_state_dict: 'step.{name}': expected 0 or more, got {step}"
                 )
-        self.lr = float(state["lr"])
+        lr = self._checked("lr", float(state["lr"]))
+        if self._scaling is not None:
+            prefix = "scaling."
+            self._scaling.load_state_dict(
+                {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+            )
+        self.lr = lr
         self._steps = steps
         for key, array in self._state.items():
             array[...] = state[key]
@@ -178,7 +216,7 @@ class SGD(Optimizer):
 
     Parameters
     ----------
-    parameters, lr, weight_decay
+    parameters, lr, weight_decay, scaling, max_norm
         See `Optimizer`.
     momentum : float, default 0.0
         In [0, 1).
@@ -204,6 +242,8 @@ class SGD(Optimizer):
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        scaling: GradientScaling | None = None,
+        max_norm: float | None = None,
     ) -> None:
         self._momentum = self._checked("momentum", momentum, below=1)
         self._nesterov = nesterov
@@ -211,7 +251,9 @@ class SGD(Optimizer):
             raise ValueError(f"{self._name}: nesterov: expected a momentum > 0 with it, got 0")
         if not momentum:
             self._slots = ()
-        super().__init__(parameters, lr, weight_decay=weight_decay)
+        super().__init__(
+            parameters, lr, weight_decay=weight_decay, scaling=scaling, max_norm=max_norm
+        )
 
     def _update(
         self,
@@ -253,7 +295,7 @@ class Adam(Optimizer):
 
     Parameters
     ----------
-    parameters, lr, weight_decay
+    parameters, lr, weight_decay, scaling, max_norm
         See `Optimizer`.
     betas : (float, float), default (0.9, 0.999)
         Each in [0, 1).
@@ -271,6 +313,8 @@ class Adam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        scaling: GradientScaling | None = None,
+        max_norm: float | None = None,
     ) -> None:
         if np.shape(betas) != (2,):
             raise ValueError(f"{self._name}: betas: expected two numbers, got {betas!r}")
@@ -280,7 +324,9 @@ class Adam(Optimizer):
             self._checked("betas", beta_2, below=1),
         )
         self._eps = self._checked("eps", eps)
-        super().__init__(parameters, lr, weight_decay=weight_decay)
+        super().__init__(
+            parameters, lr, weight_decay=weight_decay, scaling=scaling, max_norm=max_norm
+        )
 
     def _update(
         self,
@@ -332,8 +378,18 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        scaling: GradientScaling | None = None,
+        max_norm: float | None = None,
     ) -> None:
-        super().__init__(parameters, lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(
+            parameters,
+            lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            scaling=scaling,
+            max_norm=max_norm,
+        )
 
     def _update(
         self,

@@ -6,6 +6,7 @@ from bnext.nn.container import Residual, Sequential
 from bnext.nn.conv2d import Conv2d
 from bnext.nn.dropout import Dropout, Dropout2d
 from bnext.nn.flatten import Flatten
+from bnext.nn.input_statistics import InputStatistics
 from bnext.nn.linear import Linear
 from bnext.nn.module import Module, Parameter
 from bnext.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
@@ -21,6 +22,7 @@ __all__ = [
     "Dropout2d",
     "Flatten",
     "GlobalAvgPool2d",
+    "InputStatistics",
     "LeakyReLU",
     "Linear",
     "MaxPool2d",
