@@ -30,6 +30,8 @@ class BatchNormSaved:
     @property
     def inv_std(self) -> _Array: ...
     @property
+    def moments(self) -> tuple[_Array, _Array]: ...
+    @property
     def count(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
@@ -92,6 +94,7 @@ def batch_norm_inference_forward(
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
+    residual: npt.ArrayLike | None = None,
     activation: _Activation = None,
     negative_slope: float = 0.01,
     out: _Array | None = None,

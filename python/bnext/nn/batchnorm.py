@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from bnext import _core
 from bnext import functional as F
-from bnext.nn.module import Array, Backward, Module, Parameter, number
+from bnext.nn import _normalize
+from bnext.nn._normalize import Moments, Pass
+from bnext.nn.module import Array, Backward, Mode, Module, Parameter, number
+from bnext.random import Generator
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "stats_updates", "use_bank"]
 
 
 class BatchNorm(Module):
@@ -40,9 +48,29 @@ class BatchNorm(Module):
         such as "relu".
     negative_slope : float, default 0.01
         Of leaky_relu.
+    dropout : float, default 0
+        In training, probability of a zero, as `Dropout`, after the activation and in the same
+        pass.
+    generator : Generator, optional
+        Where dropout draws from; `bnext.random.default_generator` if not given.
+    channel_mask : array_like of bool (C,), optional
+        Channels that are False are not normalized: ``y = weight * x + bias``. Their running
+        statistics stay as they are.
+    ghost_batch_size : int, optional
+        In training, normalize groups of so many samples each by their own statistics (Hoffer et
+        al. 2017). A remainder is spread over the groups. The running statistics see the groups
+        one after the other.
+    banks : iterable of str, optional
+        Names of sets of running statistics, for batches from different domains; `bank` chooses.
+        There is then no set without a name, and the first is in use.
     channel_axis : 1 or -1, default 1
     dtype : dtype, default float32
         Of parameters, running statistics and input.
+
+    Attributes
+    ----------
+    update_stats : bool
+        Whether forward passes in training move the running statistics; see `stats_updates`.
 
     Shape: (N, C, *) -> (N, C, *), or (N, *, C) with channel_axis -1.
 
@@ -58,7 +86,8 @@ class BatchNorm(Module):
 
     References
     ----------
-    Ioffe & Szegedy, "Batch normalization", arXiv:1502.03167.
+    Ioffe & Szegedy, "Batch normalization", arXiv:1502.03167. Hoffer et al., "Train longer,
+    generalize better", arXiv:1705.08741.
 
     Examples
     --------
@@ -89,6 +118,11 @@ class BatchNorm(Module):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        dropout: float = 0.0,
+        generator: Generator | None = None,
+        channel_mask: npt.ArrayLike | None = None,
+        ghost_batch_size: int | None = None,
+        banks: Iterable[str] = (),
         channel_axis: int = 1,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
@@ -115,6 +149,9 @@ class BatchNorm(Module):
             raise ValueError(
                 f"{kind}: activation: expected one of {_core.activations}, got {activation!r}"
             )
+        dropout = number(kind, "dropout", dropout)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{kind}: dropout: expected a number in [0, 1], got {dropout}")
         if channel_axis not in (1, -1):
             raise ValueError(f"{kind}: channel_axis: expected 1 or -1, got {channel_axis}")
         dtype = np.dtype(dtype)
@@ -127,49 +164,267 @@ class BatchNorm(Module):
         self.track_running_stats = track_running_stats
         self.activation = activation
         self.negative_slope = negative_slope
+        self.dropout = dropout
+        self.generator = generator
+        self.channel_mask = _channel_mask(kind, channel_mask, num_features)
+        self.ghost_batch_size = _ghost_batch_size(kind, ghost_batch_size)
         self.channel_axis = channel_axis
+        self.update_stats = True
+        self.frozen_stats = self.frozen_affine = False
+        # Takes the statistics of a batch in place of the running ones; bnext.reestimate sets it.
+        self._observer: Callable[[Moments], None] | None = None
         self.weight = Parameter(np.ones(num_features, dtype), decay=False) if affine else None
         self.bias = Parameter(np.zeros(num_features, dtype), decay=False) if affine else None
-        if track_running_stats:
-            self.register_buffer("running_mean", np.zeros(num_features, dtype))
-            self.register_buffer("running_var", np.ones(num_features, dtype))
-            self.register_buffer("num_batches_tracked", np.zeros((), np.int64))
+        self._add_running_stats(banks, dtype)
+
+    # -- running statistics ------------------------------------------------------------
+    def _add_running_stats(self, banks: Iterable[str], dtype: np.dtype[Any]) -> None:
+        self.current_bank: str | None = None
+        if isinstance(banks, str):
+            raise TypeError(f"{type(self).__name__}: banks: expected names, got {banks!r}")
+        self.banks = banks = tuple(banks)
+        if banks and not self.track_running_stats:
+            raise ValueError(
+                f"{type(self).__name__}: banks: expected none without track_running_stats, "
+                f"got {banks}"
+            )
+        if not banks and self.track_running_stats:
+            _register_running_stats(self, self.num_features, dtype)
+        for name in banks:
+            taken = hasattr(self, name) or name in BatchNorm.__annotations__
+            if not (isinstance(name, str) and name.isidentifier()) or taken:
+                raise ValueError(
+                    f"{type(self).__name__}: banks: expected different identifiers that name no "
+                    f"attribute of the layer, got {name!r}"
+                )
+            self.register_module(name, _Bank(self.num_features, dtype))
+        if banks:
+            self.bank(banks[0])
+
+    def bank(self, name: str) -> BatchNorm:
+        """Use the running statistics `name` of `banks` from now on; return the layer.
+
+        Raises
+        ------
+        ValueError
+            If there is no such bank; the message lists those there are.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from bnext import nn
+        >>> norm = nn.BatchNorm(3, banks=("real", "fake"))
+        >>> y, backward = norm.bank("fake").forward(np.ones((4, 3), np.float32))
+        >>> norm.real.num_batches_tracked, norm.fake.num_batches_tracked
+        (array(0), array(1))
+        """
+        if name not in self.banks:
+            raise ValueError(
+                f"{self.label}: bank: expected one of {', '.join(self.banks) or '(none)'}, "
+                f"got {name!r}"
+            )
+        self.current_bank = name
+        for key, buffer in self._modules[name]._buffers.items():
+            setattr(self, key, buffer)
+        return self
 
     def reset_running_stats(self) -> None:
-        """Set the running statistics to mean 0, variance 1, no batches seen."""
-        if self.track_running_stats:
-            self.running_mean[...] = 0
-            self.running_var[...] = 1
-            self.num_batches_tracked[...] = 0
+        """Set the running statistics, of all banks, to mean 0, variance 1, no batches seen."""
+        for module in self.modules():
+            for key, buffer in module._buffers.items():
+                buffer[...] = 1 if key == "running_var" else 0
 
-    def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
+    def freeze(self, stats: bool = True, affine: bool = True) -> BatchNorm:
+        """Keep statistics and parameters as they are, whatever `train` says; return the layer.
+
+        Parameters
+        ----------
+        stats : bool
+            Use the running statistics in training too, and do not move them.
+        affine : bool
+            Give `weight` and `bias` no gradient; optimizers leave them alone then.
+
+        Raises
+        ------
+        ValueError
+            For `stats` without track_running_stats.
+        """
+        if stats and not self.track_running_stats:
+            raise ValueError(
+                f"{self.label}: freeze: stats: expected False without running statistics"
+            )
+        self.frozen_stats |= stats
+        self.frozen_affine |= affine
+        return self
+
+    def unfreeze(self, stats: bool = True, affine: bool = True) -> BatchNorm:
+        """Undo `freeze`; return the layer."""
+        self.frozen_stats &= not stats
+        self.frozen_affine &= not affine
+        return self
+
+    def _record(self, moments: Moments) -> None:
+        if moments.count == 0:
+            return
+        if self._observer is not None:
+            self._observer(moments)
+            return
+        step = int(self.num_batches_tracked) + 1
+        weight = 1 / step if self.momentum is None else self.momentum
+        active = slice(None) if self.channel_mask is None else self.channel_mask
+        with np.errstate(over="ignore"):
+            mean, var = (
+                new.astype(self.running_mean.dtype)[active] for new in self._moved(moments, weight)
+            )
+        finite = np.isfinite(mean) & np.isfinite(var)
+        if not finite.all():
+            channels = np.arange(self.num_features)[active][~finite]
+            warnings.warn(
+                f"{self.label}: step {step}: batch statistics are not finite in "
+                f"{channels.size} of {self.num_features} channels, the first is {channels[0]}; "
+                "running statistics stay as they are",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
+        self.num_batches_tracked[...] = step
+        self.running_mean[active] = mean
+        self.running_var[active] = var
+
+    def _moved(self, moments: Moments, weight: float) -> tuple[Array, Array]:
+        """Running mean and variance once a batch has counted with `weight`."""
+        unbiased = moments.var * (moments.count / (moments.count - 1))
+        return (
+            (1 - weight) * self.running_mean.astype(np.float64) + weight * moments.mean,
+            (1 - weight) * self.running_var.astype(np.float64) + weight * unbiased,
+        )
+
+    # -- passes ------------------------------------------------------------------------
+    @overload
+    def forward(
+        self,
+        x: npt.ArrayLike,
+        residual: None = None,
+        *,
+        mask: npt.ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> tuple[Array, Backward]: ...
+
+    @overload
+    def forward(
+        self,
+        x: npt.ArrayLike,
+        residual: npt.ArrayLike,
+        *,
+        mask: npt.ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]: ...
+
+    def forward(
+        self,
+        x: npt.ArrayLike,
+        residual: npt.ArrayLike | None = None,
+        *,
+        mask: npt.ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> Any:
+        """One pass that can be differentiated.
+
+        Parameters
+        ----------
+        x : array_like (N, C, *), or (N, *, C) with channel_axis -1
+        residual : array_like, like x, optional
+            Added before the activation, in the same pass.
+        mask : array_like of bool, optional
+            (N, *), or with an axis of 1 in place of the channels. Only where it is True do values
+            count in the batch's statistics; all of them are normalized, as in Keras.
+        update_stats : bool, optional
+            Whether the running statistics move in training; by default as the attribute says.
+
+        Returns
+        -------
+        y : ndarray, like x
+        backward : callable
+            ``grad_x = backward(grad_y)``, or ``grad_x, grad_residual = backward(grad_y)`` if there
+            is a residual.
+        """
         x = self._check(x)
-        if self.training or not self.track_running_stats:
-            y, saved = self._normalize_by_batch(x)
-            if self.training and self.track_running_stats:
-                self._update_running_stats(saved)
+        residual = self._check_residual(residual, x)
+        positions = self._positions(mask, x)
+        dropout = _normalize.Dropout(self.dropout if self.training else 0.0, self.generator)
+        if self.uses_batch_statistics:
+            result = self._by_batch(x, residual, positions, dropout)
+            updates = self.update_stats if update_stats is None else update_stats
+            if self.training and self.track_running_stats and updates:
+                for moments in result.moments:
+                    self._record(moments)
         else:
-            y, saved = _core.batch_norm_inference_forward(
-                x, self.running_mean, self.running_var, **self._arguments
+            result = _normalize.by_statistics(
+                x, self._running_statistics, self._options, dropout, residual=residual
             )
 
-        def backward(grad_y: Array) -> Array:
-            grads = F.batch_norm_backward(grad_y, saved)
+        def backward(grad_y: Array) -> Any:
+            grads = result.gradients(grad_y, None)
             for parameter, grad in ((self.weight, grads.weight), (self.bias, grads.bias)):
-                if parameter is not None and grad is not None:
+                if parameter is not None and grad is not None and not self.frozen_affine:
                     parameter.accumulate(grad)
-            return grads.x
+            return grads.x if residual is None else (grads.x, grads.residual)
 
-        return y, backward
+        return result.y, backward
 
-    def __call__(self, x: npt.ArrayLike) -> Array:
+    def __call__(
+        self,
+        x: npt.ArrayLike,
+        residual: npt.ArrayLike | None = None,
+        *,
+        mask: npt.ArrayLike | None = None,
+    ) -> Array:
+        """Evaluation, whatever the mode; `mask` matters without running statistics only."""
         x = self._check(x)
+        residual = self._check_residual(residual, x)
+        positions = self._positions(mask, x)
         if not self.track_running_stats:
-            return self._normalize_by_batch(x)[0]
-        return F.batch_norm_inference(x, self.running_mean, self.running_var, **self._arguments)
+            return self._by_batch(x, residual, positions, _normalize.Dropout()).y
+        return F.batch_norm_inference(
+            x, residual=residual, **{**self._options, **self._running_statistics}
+        )
 
     @property
-    def _arguments(self) -> dict[str, Any]:
+    def uses_batch_statistics(self) -> bool:
+        """Whether `forward` normalizes by the batch, or else by the running statistics."""
+        return not self.track_running_stats or (self.training and not self.frozen_stats)
+
+    def _by_batch(
+        self,
+        x: Array,
+        residual: Array | None,
+        positions: Array | None,
+        dropout: _normalize.Dropout,
+    ) -> Pass:
+        normalize = partial(
+            _normalize.by_batch,
+            options=self._options,
+            dropout=dropout,
+            channels=self.channel_mask,
+            rescale=self._rescale,
+        )
+        groups = self._groups(len(x)) if self.training else [slice(None)]
+        for group in groups:
+            self._check_count(x[group], None if positions is None else positions[group])
+        if len(groups) == 1:
+            return normalize(x, residual=residual, positions=positions)
+        return _normalize.by_groups(x, groups, normalize, residual=residual, positions=positions)
+
+    _rescale: _normalize.Rescale | None = None
+
+    def _groups(self, samples: int) -> list[slice]:
+        """The ghost batches: of `ghost_batch_size` samples, or a few more."""
+        count = max(1, samples // self.ghost_batch_size) if self.ghost_batch_size else 1
+        edges = [samples * group // count for group in range(count + 1)]
+        return [slice(*pair) for pair in pairwise(edges)]
+
+    @property
+    def _options(self) -> dict[str, Any]:
         """What the functions take besides x and statistics."""
         return {
             "weight": None if self.weight is None else self.weight.data,
@@ -180,59 +435,112 @@ class BatchNorm(Module):
             "negative_slope": self.negative_slope,
         }
 
+    @property
+    def _running_statistics(self) -> dict[str, Any]:
+        """What evaluation normalizes by: mean 0 and variance 1 in channels that are masked."""
+        if self.channel_mask is None:
+            return {"mean": self.running_mean, "var": self.running_var}
+        dtype = self.running_var.dtype
+        var = self.running_var.astype(np.float64) + self.eps
+        return {
+            "mean": np.where(self.channel_mask, self.running_mean, dtype.type(0)),
+            "var": np.where(self.channel_mask, var, 1).astype(dtype),
+            "eps": 0.0,
+        }
+
+    # -- checks ------------------------------------------------------------------------
     def _check(self, x: npt.ArrayLike) -> Array:
         x = np.asanyarray(x)
         if self._ranks is not None and x.ndim not in self._ranks:
             raise ValueError(f"{self.label}: expected {self._expects}, got shape {x.shape}")
-        if x.ndim >= 2 and x.shape[self.channel_axis] != self.num_features:
+        if x.ndim < 2:
+            raise ValueError(f"{self.label}: x: expected 2 or more dimensions, got shape {x.shape}")
+        if x.shape[self.channel_axis] != self.num_features:
             raise ValueError(
                 f"{self.label}: expected {self.num_features} channels on axis "
                 f"{self.channel_axis}, got {x.shape[self.channel_axis]} (shape {x.shape})"
             )
         return x
 
-    def _normalize_by_batch(self, x: Array) -> tuple[Array, F.BatchNormSaved]:
-        if x.ndim >= 2 and x.size == self.num_features:
-            mode = "in training mode" if self.training else "without running statistics"
+    def _check_residual(self, residual: npt.ArrayLike | None, x: Array) -> Array | None:
+        if residual is None:
+            return None
+        residual = np.asanyarray(residual)
+        if residual.shape != x.shape:
             raise ValueError(
-                f"{self.label}: 1 value per channel (shape {x.shape}) {mode}; batch statistics "
-                "need 2 or more: use a larger batch, drop or merge a last batch of one sample, "
-                "or call eval() to use running statistics"
+                f"{self.label}: residual: expected shape {x.shape}, got {residual.shape}"
             )
-        return F.batch_norm_forward(x, **self._arguments)
+        return residual
 
-    def _update_running_stats(self, saved: F.BatchNormSaved) -> None:
-        if saved.count == 0:
-            return
-        mean, var = saved.mean, saved.var
-        bad = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))
-        step = int(self.num_batches_tracked) + 1
-        if bad.size:
-            warnings.warn(
-                f"{self.label}: step {step}: batch statistics are not finite in "
-                f"{bad.size} of {self.num_features} channels, the first is {bad[0]}; running "
-                "statistics stay as they are",
-                RuntimeWarning,
-                stacklevel=3,
+    def _positions(self, mask: npt.ArrayLike | None, x: Array) -> Array | None:
+        """`mask` like x with one channel."""
+        if mask is None:
+            return None
+        mask = np.asarray(mask)
+        if mask.dtype != bool:
+            raise TypeError(f"{self.label}: mask: expected dtype bool, got {mask.dtype}")
+        one_channel = list(x.shape)
+        one_channel[self.channel_axis] = 1
+        without = list(x.shape)
+        del without[self.channel_axis]
+        if list(mask.shape) not in (one_channel, without):
+            raise ValueError(
+                f"{self.label}: mask: expected shape {tuple(one_channel)} or {tuple(without)}, "
+                f"got {mask.shape}"
             )
+        return mask.reshape(one_channel)
+
+    def _check_count(self, x: Array, positions: Array | None) -> None:
+        """ValueError if a channel that is normalized has one value."""
+        count = x.size // self.num_features if positions is None else np.count_nonzero(positions)
+        if count != 1 or (self.channel_mask is not None and not self.channel_mask.any()):
             return
-        self.num_batches_tracked[...] = step
-        weight = 1 / step if self.momentum is None else self.momentum
-        unbiased = var * (saved.count / (saved.count - 1))
-        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running *= 1 - weight
-            running += weight * batch
+        values = "value" if positions is None else "valid value"
+        mode = "in training mode" if self.training else "without running statistics"
+        raise ValueError(
+            f"{self.label}: 1 {values} per channel (shape {x.shape}) {mode}; batch statistics "
+            "need 2 or more: use a larger batch, drop or merge a last batch of one sample, "
+            "or use running statistics, with eval() or freeze(affine=False)"
+        )
+
+    # -- display -----------------------------------------------------------------------
+    def mode(self) -> Mode:
+        statistics = "batch" if self.uses_batch_statistics else "running"
+        if self.ghost_batch_size and self.training and self.uses_batch_statistics:
+            statistics = "ghost batch"
+        return Mode(
+            self.name,
+            type(self).__name__,
+            self.training,
+            statistics,
+            self.current_bank,
+            updates=self.training
+            and self.track_running_stats
+            and self.uses_batch_statistics
+            and self.update_stats,
+            trains=self.affine and not self.frozen_affine,
+            dropout=self.dropout if self.training else 0.0,
+        )
 
     def extra_repr(self) -> str:
         fields = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
-        if not self.affine:
-            fields += ", affine=False"
-        if not self.track_running_stats:
-            fields += ", track_running_stats=False"
-        if self.activation is not None:
-            fields += f", activation={self.activation!r}"
-        if self.channel_axis != 1:
-            fields += f", channel_axis={self.channel_axis}"
+        if self.channel_mask is not None:
+            off = self.num_features - np.count_nonzero(self.channel_mask)
+            fields += f", channel_mask={off} off"
+        defaults: dict[str, Any] = {
+            "affine": True,
+            "track_running_stats": True,
+            "activation": None,
+            "dropout": 0,
+            "ghost_batch_size": None,
+            "banks": (),
+            "channel_axis": 1,
+            "frozen_stats": False,
+            "frozen_affine": False,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                fields += f", {name}={getattr(self, name)!r}"
         return fields
 
 
@@ -255,3 +563,111 @@ class BatchNorm3d(BatchNorm):
 
     _ranks = (5,)
     _expects = "5 dimensions, (N, C, D, H, W)"
+
+
+class _Bank(Module):
+    """Running statistics under a name of their own; `BatchNorm` does the work."""
+
+    def __init__(self, num_features: int, dtype: np.dtype[Any]) -> None:
+        super().__init__()
+        _register_running_stats(self, num_features, dtype)
+
+
+def _register_running_stats(module: Module, num_features: int, dtype: np.dtype[Any]) -> None:
+    module.register_buffer("running_mean", np.zeros(num_features, dtype))
+    module.register_buffer("running_var", np.ones(num_features, dtype))
+    module.register_buffer("num_batches_tracked", np.zeros((), np.int64))
+
+
+def _channel_mask(kind: str, mask: npt.ArrayLike | None, num_features: int) -> Array | None:
+    if mask is None:
+        return None
+    mask = np.array(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"{kind}: channel_mask: expected dtype bool, got {mask.dtype}")
+    if mask.shape != (num_features,):
+        raise ValueError(
+            f"{kind}: channel_mask: expected shape ({num_features},), got {mask.shape}"
+        )
+    mask.flags.writeable = False
+    return mask
+
+
+def _ghost_batch_size(kind: str, size: int | None) -> int | None:
+    if size is None:
+        return None
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(
+            f"{kind}: ghost_batch_size: expected an integer, got {type(size).__name__}"
+        ) from None
+    if size < 1:
+        raise ValueError(f"{kind}: ghost_batch_size: expected 1 or more, got {size}")
+    return size
+
+
+def batch_norms(model: Module) -> Iterator[tuple[str, BatchNorm]]:
+    """Every `BatchNorm` of a model, itself included, once, with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            yield name, module
+
+
+@contextmanager
+def stats_updates(model: Module, enabled: bool) -> Iterator[None]:
+    """Inside, `BatchNorm` layers of `model` move their running statistics in training, or do not.
+
+    A second pass over the same samples (recomputation of activations, the small batches of
+    gradient accumulation after the first) should not count twice.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bnext import nn
+    >>> norm = nn.BatchNorm(3)
+    >>> with nn.stats_updates(norm, False):
+    ...     y, backward = norm.forward(np.ones((4, 3), np.float32))
+    >>> norm.num_batches_tracked
+    array(0)
+    """
+    before = [(layer, layer.update_stats) for _, layer in batch_norms(model)]
+    try:
+        for layer, _ in before:
+            layer.update_stats = enabled
+        yield
+    finally:
+        for layer, update_stats in before:
+            layer.update_stats = update_stats
+
+
+@contextmanager
+def use_bank(model: Module, name: str) -> Iterator[None]:
+    """Inside, all layers of `model` that have banks use the one called `name`.
+
+    Raises
+    ------
+    ValueError
+        If a layer with banks has none of this name, or no layer has banks.
+
+    Examples
+    --------
+    >>> from bnext import nn
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm(3, banks=("real", "fake")))
+    >>> with nn.use_bank(model, "fake"):
+    ...     model[1].current_bank
+    'fake'
+    >>> model[1].current_bank
+    'real'
+    """
+    before = [(layer, layer.current_bank) for _, layer in batch_norms(model) if layer.banks]
+    if not before:
+        raise ValueError("use_bank: model: expected BatchNorm layers with banks, got none")
+    try:
+        for layer, _ in before:
+            layer.bank(name)
+        yield
+    finally:
+        for layer, bank in before:
+            assert bank is not None
+            layer.bank(bank)
