@@ -191,13 +191,14 @@ class BatchNorm(Module):
         if not banks and self.track_running_stats:
             _register_running_stats(self, self.num_features, dtype)
         for name in banks:
-            taken = hasattr(self, name) or name in BatchNorm.__annotations__
-            if not (isinstance(name, str) and name.isidentifier()) or taken:
+            if not (isinstance(name, str) and name.isidentifier()) or (
+                hasattr(self, name) or name in BatchNorm.__annotations__
+            ):
                 raise ValueError(
                     f"{type(self).__name__}: banks: expected different identifiers that name no "
                     f"attribute of the layer, got {name!r}"
                 )
-            self.register_module(name, _Bank(self.num_features, dtype))
+            setattr(self, name, _Bank(self.num_features, dtype))
         if banks:
             self.bank(banks[0])
 
@@ -353,7 +354,7 @@ class BatchNorm(Module):
         positions = self._positions(mask, x)
         dropout = _normalize.Dropout(self.dropout if self.training else 0.0, self.generator)
         if self.uses_batch_statistics:
-            result = self._by_batch(x, residual, positions, dropout)
+            result = self._by_batch(x, residual, positions, dropout, in_groups=self.training)
             updates = self.update_stats if update_stats is None else update_stats
             if self.training and self.track_running_stats and updates:
                 for moments in result.moments:
@@ -384,7 +385,8 @@ class BatchNorm(Module):
         residual = self._check_residual(residual, x)
         positions = self._positions(mask, x)
         if not self.track_running_stats:
-            return self._by_batch(x, residual, positions, _normalize.Dropout()).y
+            no_dropout = _normalize.Dropout()
+            return self._by_batch(x, residual, positions, no_dropout, in_groups=False).y
         return F.batch_norm_inference(
             x, residual=residual, **{**self._options, **self._running_statistics}
         )
@@ -400,6 +402,8 @@ class BatchNorm(Module):
         residual: Array | None,
         positions: Array | None,
         dropout: _normalize.Dropout,
+        *,
+        in_groups: bool,
     ) -> Pass:
         normalize = partial(
             _normalize.by_batch,
@@ -408,7 +412,7 @@ class BatchNorm(Module):
             channels=self.channel_mask,
             rescale=self._rescale,
         )
-        groups = self._groups(len(x)) if self.training else [slice(None)]
+        groups = self._groups(len(x)) if in_groups else [slice(None)]
         for group in groups:
             self._check_count(x[group], None if positions is None else positions[group])
         if len(groups) == 1:
