@@ -466,7 +466,7 @@ def test_limits_may_change_and_are_checked():
     norm.r_max, norm.d_max = 3.0, 5.0
     assert not np.array_equal(norm.forward(x, update_stats=False)[0], before)
     norm.r_max = 0.5
-    with pytest.raises(ValueError, match="BatchRenorm: r_max: expected 1 or more, got 0.5"):
+    with pytest.raises(ValueError, match=r"BatchRenorm: r_max: expected 1 or more, got 0\.5"):
         norm.forward(x)
     for bad in ({"r_max": 0.9}, {"d_max": -1}, {"d_max": np.nan}, {"track_running_stats": False}):
         with pytest.raises(ValueError, match=f"BatchRenorm: {next(iter(bad))}: expected"):

@@ -171,7 +171,7 @@ class BatchNorm(Module):
         self.channel_axis = channel_axis
         self.update_stats = True
         self.frozen_stats = self.frozen_affine = False
-        # Takes the statistics of a batch in place of the running ones; bnext.reestimate sets it.
+        # Takes batch statistics in place of the running ones; bnext.reestimate sets it.
         self._observer: Callable[[Moments], None] | None = None
         self.weight = Parameter(np.ones(num_features, dtype), decay=False) if affine else None
         self.bias = Parameter(np.zeros(num_features, dtype), decay=False) if affine else None
@@ -264,16 +264,13 @@ class BatchNorm(Module):
         self.frozen_affine &= not affine
         return self
 
-    def _record(self, moments: Moments) -> None:
+    def _update_running_stats(self, moments: Moments) -> None:
         if moments.count == 0:
-            return
-        if self._observer is not None:
-            self._observer(moments)
             return
         step = int(self.num_batches_tracked) + 1
         weight = 1 / step if self.momentum is None else self.momentum
         active = slice(None) if self.channel_mask is None else self.channel_mask
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):  # what is not finite is seen to below
             mean, var = (
                 new.astype(self.running_mean.dtype)[active] for new in self._moved(moments, weight)
             )
@@ -285,19 +282,23 @@ class BatchNorm(Module):
                 f"{channels.size} of {self.num_features} channels, the first is {channels[0]}; "
                 "running statistics stay as they are",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
             return
         self.num_batches_tracked[...] = step
         self.running_mean[active] = mean
         self.running_var[active] = var
 
+    def _estimates(self, moments: Moments) -> tuple[Array, Array]:
+        """Mean and (unbiased) variance, for the running statistics."""
+        return moments.mean, moments.var * (moments.count / (moments.count - 1))
+
     def _moved(self, moments: Moments, weight: float) -> tuple[Array, Array]:
         """Running mean and variance once a batch has counted with `weight`."""
-        unbiased = moments.var * (moments.count / (moments.count - 1))
+        mean, var = self._estimates(moments)
         return (
-            (1 - weight) * self.running_mean.astype(np.float64) + weight * moments.mean,
-            (1 - weight) * self.running_var.astype(np.float64) + weight * unbiased,
+            (1 - weight) * self.running_mean.astype(np.float64) + weight * mean,
+            (1 - weight) * self.running_var.astype(np.float64) + weight * var,
         )
 
     # -- passes ------------------------------------------------------------------------
@@ -352,16 +353,21 @@ class BatchNorm(Module):
         x = self._check(x)
         residual = self._check_residual(residual, x)
         positions = self._positions(mask, x)
-        dropout = _normalize.Dropout(self.dropout if self.training else 0.0, self.generator)
         if self.uses_batch_statistics:
-            result = self._by_batch(x, residual, positions, dropout, in_groups=self.training)
+            result = self._by_batch(x, residual, positions, self._as_in_training)
             updates = self.update_stats if update_stats is None else update_stats
-            if self.training and self.track_running_stats and updates:
-                for moments in result.moments:
-                    self._record(moments)
+            for moments in result.moments:
+                if self._observer is not None:
+                    self._observer(moments)
+                elif self.training and self.track_running_stats and updates:
+                    self._update_running_stats(moments)
         else:
             result = _normalize.by_statistics(
-                x, self._running_statistics, self._options, dropout, residual=residual
+                x,
+                self._running_statistics,
+                self._options,
+                self._dropout(self._as_in_training),
+                residual=residual,
             )
 
         def backward(grad_y: Array) -> Any:
@@ -385,8 +391,7 @@ class BatchNorm(Module):
         residual = self._check_residual(residual, x)
         positions = self._positions(mask, x)
         if not self.track_running_stats:
-            no_dropout = _normalize.Dropout()
-            return self._by_batch(x, residual, positions, no_dropout, in_groups=False).y
+            return self._by_batch(x, residual, positions, as_in_training=False).y
         return F.batch_norm_inference(
             x, residual=residual, **{**self._options, **self._running_statistics}
         )
@@ -396,23 +401,25 @@ class BatchNorm(Module):
         """Whether `forward` normalizes by the batch, or else by the running statistics."""
         return not self.track_running_stats or (self.training and not self.frozen_stats)
 
+    @property
+    def _as_in_training(self) -> bool:
+        """With dropout and all that belongs to training, which `bnext.reestimate` wants without."""
+        return self.training and self._observer is None
+
+    def _dropout(self, as_in_training: bool) -> _normalize.Dropout:
+        return _normalize.Dropout(self.dropout if as_in_training else 0.0, self.generator)
+
     def _by_batch(
-        self,
-        x: Array,
-        residual: Array | None,
-        positions: Array | None,
-        dropout: _normalize.Dropout,
-        *,
-        in_groups: bool,
+        self, x: Array, residual: Array | None, positions: Array | None, as_in_training: bool
     ) -> Pass:
         normalize = partial(
             _normalize.by_batch,
             options=self._options,
-            dropout=dropout,
+            dropout=self._dropout(as_in_training),
             channels=self.channel_mask,
-            rescale=self._rescale,
+            rescale=self._rescale if as_in_training else None,
         )
-        groups = self._groups(len(x)) if in_groups else [slice(None)]
+        groups = self._groups(len(x)) if as_in_training else [slice(None)]
         for group in groups:
             self._check_count(x[group], None if positions is None else positions[group])
         if len(groups) == 1:

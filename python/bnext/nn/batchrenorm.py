@@ -105,6 +105,9 @@ class BatchRenorm(BatchNorm):
             np.clip(shift, -self.d_max, self.d_max),
         )
 
+    def _estimates(self, moments: Moments) -> tuple[Array, Array]:
+        return moments.mean, moments.var
+
     def _moved(self, moments: Moments, weight: float) -> tuple[Array, Array]:
         mean, _ = super()._moved(moments, weight)
         sigma = (1 - weight) * self._sigma(self.running_var) + weight * self._sigma(moments.var)
