@@ -1,7 +1,9 @@
 """What BatchNorm can be besides itself: fused arguments, masks, ghost batches, renormalization,
 frozen layers, banks. Values against NumPy in extended precision, gradients against differences."""
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -351,6 +353,20 @@ def test_inputs_need_not_be_contiguous(chosen):
         np.testing.assert_array_equal(backward_again(grad), backward(y))
 
 
+@each_combination
+def test_same_bits_for_any_number_of_threads(chosen, restore_threads):
+    results = []
+    for threads in (1, 3):
+        bnext.set_num_threads(threads)
+        norm, x, mask, residual, _ = case(chosen, (40, CHANNELS, 20, 11), 1, np.float32)
+        y, backward = norm.forward(x, residual, mask=mask)
+        grads = backward(np.cos(x))
+        results.append([y, *(grads if residual is not None else [grads]), norm.weight.grad])
+        results[-1] += norm.state_dict().values()
+    for one, many in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, many)
+
+
 # -- fused arguments -------------------------------------------------------------------
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
@@ -605,6 +621,15 @@ def test_banks_keep_their_own_statistics(kind):
     assert (other.fake.running_mean == 0).all()
 
 
+def test_a_copy_has_banks_of_its_own():
+    norm = nn.BatchNorm(3, banks=("real", "fake")).bank("fake")
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        other.forward(X)
+        assert other.fake.num_batches_tracked == 1
+        np.testing.assert_array_equal(other.running_mean, other.fake.running_mean)
+        assert norm.fake.num_batches_tracked == 0
+
+
 def test_banks_of_a_model():
     model = model_of(banks=("real", "fake"))
     with nn.use_bank(model, "fake"):
@@ -682,7 +707,11 @@ X = data((4, 3, 5))
         ),
     ],
 )
-@pytest.mark.parametrize("chosen", [{}, {"channel_mask": [True, False, True]}], ids=str)
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"channel_mask": [True, False, True]}, {"ghost_batch_size": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", [nn.BatchNorm, nn.BatchRenorm])
 def test_wrong_inputs_change_nothing(kind, chosen, x, options, error, message):
     norm = kind(3, **chosen)

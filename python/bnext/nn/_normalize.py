@@ -127,7 +127,7 @@ def by_groups(
     def part(array: Array | None, group: slice) -> Array | None:
         return None if array is None else array[group]
 
-    y = np.empty(x.shape, x.dtype.newbyteorder("="))
+    y = _core.empty_like(x)
     passes = [
         normalize(
             x[group], residual=part(residual, group), positions=part(positions, group), out=y[group]
@@ -141,7 +141,7 @@ def by_groups(
             raise ValueError(
                 f"batch_norm_backward: grad_y: expected shape {y.shape}, got {grad_y.shape}"
             )
-        grad_x = np.empty_like(y) if out is None else out
+        grad_x = _core.empty_like(y) if out is None else out
         parts = [
             one.gradients(grad_y[group], grad_x[group])
             for group, one in zip(groups, passes, strict=True)
