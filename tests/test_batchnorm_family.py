@@ -599,6 +599,14 @@ def test_cumulative_average_of_ghost_batches_is_their_mean():
     np.testing.assert_allclose(norm.running_var, np.mean(variances, axis=0), rtol=1e-5)
 
 
+def test_no_attribute_can_be_a_bank():
+    for kind in (nn.BatchNorm, nn.BatchRenorm):
+        for name_ in (*vars(kind(3)), "running_mean"):
+            if not name_.startswith("__"):
+                with pytest.raises(ValueError, match="banks: expected different identifiers"):
+                    kind(3, banks=[name_])
+
+
 @pytest.mark.parametrize("kind", [nn.BatchNorm, nn.BatchRenorm])
 def test_banks_keep_their_own_statistics(kind):
     domains = {"real": data((6, 3, 5)), "fake": data((6, 3, 5), seed=1, offset=20.0)}
@@ -664,6 +672,7 @@ def test_banks_of_a_model():
         ({"banks": ["a", "a"]}, ValueError, "banks: expected different identifiers .*, got 'a'"),
         ({"banks": ["a.b"]}, ValueError, "banks: expected different identifiers .*, got 'a.b'"),
         ({"banks": ["weight"]}, ValueError, "banks: .*, got 'weight'"),
+        ({"banks": ["eps"]}, ValueError, "banks: .*, got 'eps'"),
         ({"banks": ["running_var"]}, ValueError, "banks: .*, got 'running_var'"),
         ({"banks": [3]}, ValueError, "banks: expected different identifiers .*, got 3"),
         (

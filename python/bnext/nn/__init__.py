@@ -1,14 +1,8 @@
 """Layers: ``y = layer(x)`` evaluates, ``y, backward = layer.forward(x)`` trains."""
 
+from bnext.nn._running_stats import stats_updates, use_bank
 from bnext.nn.activation import LeakyReLU, ReLU
-from bnext.nn.batchnorm import (
-    BatchNorm,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    stats_updates,
-    use_bank,
-)
+from bnext.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnext.nn.batchrenorm import BatchRenorm
 from bnext.nn.container import Residual, Sequential
 from bnext.nn.conv2d import Conv2d

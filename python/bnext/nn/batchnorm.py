@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, overload
@@ -16,14 +15,15 @@ import numpy.typing as npt
 from bnext import _core
 from bnext import functional as F
 from bnext.nn import _normalize
-from bnext.nn._normalize import Moments, Pass
+from bnext.nn._normalize import Pass
+from bnext.nn._running_stats import RunningStats
 from bnext.nn.module import Array, Backward, Mode, Module, Parameter, number
 from bnext.random import Generator
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "stats_updates", "use_bank"]
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
-class BatchNorm(Module):
+class BatchNorm(RunningStats):
     r"""Normalize each channel over the batch, then scale and shift it.
 
     .. math:: y = \frac{x - E[x]}{\sqrt{Var[x] + eps}} \, weight + bias
@@ -102,9 +102,6 @@ class BatchNorm(Module):
     (16, 3, 4, 4)
     """
 
-    running_mean: Array
-    running_var: Array
-    num_batches_tracked: Array
     _ranks: tuple[int, ...] | None = None
     _expects = ""
 
@@ -126,7 +123,6 @@ class BatchNorm(Module):
         channel_axis: int = 1,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        super().__init__()
         kind = type(self).__name__
         if num_features < 1:
             raise ValueError(f"{kind}: num_features: expected 1 or more, got {num_features}")
@@ -157,149 +153,23 @@ class BatchNorm(Module):
         dtype = np.dtype(dtype)
         if dtype not in (np.float32, np.float64):
             raise TypeError(f"{kind}: dtype: expected float32 or float64, got {dtype}")
-        self.num_features = num_features
+        super().__init__(
+            num_features,
+            momentum,
+            track_running_stats,
+            _channel_mask(kind, channel_mask, num_features),
+        )
         self.eps = eps
-        self.momentum = momentum
         self.affine = affine
-        self.track_running_stats = track_running_stats
         self.activation = activation
         self.negative_slope = negative_slope
         self.dropout = dropout
         self.generator = generator
-        self.channel_mask = _channel_mask(kind, channel_mask, num_features)
         self.ghost_batch_size = _ghost_batch_size(kind, ghost_batch_size)
         self.channel_axis = channel_axis
-        self.update_stats = True
-        self.frozen_stats = self.frozen_affine = False
-        # Takes batch statistics in place of the running ones; bnext.reestimate sets it.
-        self._observer: Callable[[Moments], None] | None = None
         self.weight = Parameter(np.ones(num_features, dtype), decay=False) if affine else None
         self.bias = Parameter(np.zeros(num_features, dtype), decay=False) if affine else None
         self._add_running_stats(banks, dtype)
-
-    # -- running statistics ------------------------------------------------------------
-    def _add_running_stats(self, banks: Iterable[str], dtype: np.dtype[Any]) -> None:
-        self.current_bank: str | None = None
-        if isinstance(banks, str):
-            raise TypeError(f"{type(self).__name__}: banks: expected names, got {banks!r}")
-        self.banks = banks = tuple(banks)
-        if banks and not self.track_running_stats:
-            raise ValueError(
-                f"{type(self).__name__}: banks: expected none without track_running_stats, "
-                f"got {banks}"
-            )
-        if not banks and self.track_running_stats:
-            _register_running_stats(self, self.num_features, dtype)
-        for name in banks:
-            if not (isinstance(name, str) and name.isidentifier()) or (
-                hasattr(self, name) or name in BatchNorm.__annotations__
-            ):
-                raise ValueError(
-                    f"{type(self).__name__}: banks: expected different identifiers that name no "
-                    f"attribute of the layer, got {name!r}"
-                )
-            setattr(self, name, _Bank(self.num_features, dtype))
-        if banks:
-            self.bank(banks[0])
-
-    def bank(self, name: str) -> BatchNorm:
-        """Use the running statistics `name` of `banks` from now on; return the layer.
-
-        Raises
-        ------
-        ValueError
-            If there is no such bank; the message lists those there are.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> from bnext import nn
-        >>> norm = nn.BatchNorm(3, banks=("real", "fake"))
-        >>> y, backward = norm.bank("fake").forward(np.ones((4, 3), np.float32))
-        >>> norm.real.num_batches_tracked, norm.fake.num_batches_tracked
-        (array(0), array(1))
-        """
-        if name not in self.banks:
-            raise ValueError(
-                f"{self.label}: bank: expected one of {', '.join(self.banks) or '(none)'}, "
-                f"got {name!r}"
-            )
-        self.current_bank = name
-        for key, buffer in self._modules[name]._buffers.items():
-            setattr(self, key, buffer)
-        return self
-
-    def reset_running_stats(self) -> None:
-        """Set the running statistics, of all banks, to mean 0, variance 1, no batches seen."""
-        for module in self.modules():
-            for key, buffer in module._buffers.items():
-                buffer[...] = 1 if key == "running_var" else 0
-
-    def freeze(self, stats: bool = True, affine: bool = True) -> BatchNorm:
-        """Keep statistics and parameters as they are, whatever `train` says; return the layer.
-
-        Parameters
-        ----------
-        stats : bool
-            Use the running statistics in training too, and do not move them.
-        affine : bool
-            Give `weight` and `bias` no gradient; optimizers leave them alone then.
-
-        Raises
-        ------
-        ValueError
-            For `stats` without track_running_stats.
-        """
-        if stats and not self.track_running_stats:
-            raise ValueError(
-                f"{self.label}: freeze: stats: expected False without running statistics"
-            )
-        self.frozen_stats |= stats
-        self.frozen_affine |= affine
-        return self
-
-    def unfreeze(self, stats: bool = True, affine: bool = True) -> BatchNorm:
-        """Undo `freeze`; return the layer."""
-        self.frozen_stats &= not stats
-        self.frozen_affine &= not affine
-        return self
-
-    def _update_running_stats(self, moments: Moments) -> None:
-        if moments.count == 0:
-            return
-        step = int(self.num_batches_tracked) + 1
-        weight = 1 / step if self.momentum is None else self.momentum
-        active = slice(None) if self.channel_mask is None else self.channel_mask
-        with np.errstate(all="ignore"):  # what is not finite is seen to below
-            mean, var = (
-                new.astype(self.running_mean.dtype)[active] for new in self._moved(moments, weight)
-            )
-        finite = np.isfinite(mean) & np.isfinite(var)
-        if not finite.all():
-            channels = np.arange(self.num_features)[active][~finite]
-            warnings.warn(
-                f"{self.label}: step {step}: batch statistics are not finite in "
-                f"{channels.size} of {self.num_features} channels, the first is {channels[0]}; "
-                "running statistics stay as they are",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return
-        self.num_batches_tracked[...] = step
-        self.running_mean[active] = mean
-        self.running_var[active] = var
-
-    def _estimates(self, moments: Moments) -> tuple[Array, Array]:
-        """Mean and (unbiased) variance, for the running statistics."""
-        return moments.mean, moments.var * (moments.count / (moments.count - 1))
-
-    def _moved(self, moments: Moments, weight: float) -> tuple[Array, Array]:
-        """Running mean and variance once a batch has counted with `weight`."""
-        mean, var = self._estimates(moments)
-        return (
-            (1 - weight) * self.running_mean.astype(np.float64) + weight * mean,
-            (1 - weight) * self.running_var.astype(np.float64) + weight * var,
-        )
 
     # -- passes ------------------------------------------------------------------------
     @overload
@@ -515,7 +385,7 @@ class BatchNorm(Module):
         )
 
     # -- display -----------------------------------------------------------------------
-    def mode(self) -> Mode:
+    def _mode(self) -> Mode:
         statistics = "batch" if self.uses_batch_statistics else "running"
         if self.ghost_batch_size and self.training and self.uses_batch_statistics:
             statistics = "ghost batch"
@@ -576,20 +446,6 @@ class BatchNorm3d(BatchNorm):
     _expects = "5 dimensions, (N, C, D, H, W)"
 
 
-class _Bank(Module):
-    """Running statistics under a name of their own; `BatchNorm` does the work."""
-
-    def __init__(self, num_features: int, dtype: np.dtype[Any]) -> None:
-        super().__init__()
-        _register_running_stats(self, num_features, dtype)
-
-
-def _register_running_stats(module: Module, num_features: int, dtype: np.dtype[Any]) -> None:
-    module.register_buffer("running_mean", np.zeros(num_features, dtype))
-    module.register_buffer("running_var", np.ones(num_features, dtype))
-    module.register_buffer("num_batches_tracked", np.zeros((), np.int64))
-
-
 def _channel_mask(kind: str, mask: npt.ArrayLike | None, num_features: int) -> Array | None:
     if mask is None:
         return None
@@ -623,62 +479,3 @@ def batch_norms(model: Module) -> Iterator[tuple[str, BatchNorm]]:
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm):
             yield name, module
-
-
-@contextmanager
-def stats_updates(model: Module, enabled: bool) -> Iterator[None]:
-    """Inside, `BatchNorm` layers of `model` move their running statistics in training, or do not.
-
-    A second pass over the same samples (recomputation of activations, the small batches of
-    gradient accumulation after the first) should not count twice.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from bnext import nn
-    >>> norm = nn.BatchNorm(3)
-    >>> with nn.stats_updates(norm, False):
-    ...     y, backward = norm.forward(np.ones((4, 3), np.float32))
-    >>> norm.num_batches_tracked
-    array(0)
-    """
-    before = [(layer, layer.update_stats) for _, layer in batch_norms(model)]
-    try:
-        for layer, _ in before:
-            layer.update_stats = enabled
-        yield
-    finally:
-        for layer, update_stats in before:
-            layer.update_stats = update_stats
-
-
-@contextmanager
-def use_bank(model: Module, name: str) -> Iterator[None]:
-    """Inside, all layers of `model` that have banks use the one called `name`.
-
-    Raises
-    ------
-    ValueError
-        If a layer with banks has none of this name, or no layer has banks.
-
-    Examples
-    --------
-    >>> from bnext import nn
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm(3, banks=("real", "fake")))
-    >>> with nn.use_bank(model, "fake"):
-    ...     model[1].current_bank
-    'fake'
-    >>> model[1].current_bank
-    'real'
-    """
-    before = [(layer, layer.current_bank) for _, layer in batch_norms(model) if layer.banks]
-    if not before:
-        raise ValueError("use_bank: model: expected BatchNorm layers with banks, got none")
-    try:
-        for layer, _ in before:
-            layer.bank(name)
-        yield
-    finally:
-        for layer, bank in before:
-            assert bank is not None
-            layer.bank(bank)

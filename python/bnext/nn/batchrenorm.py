@@ -66,6 +66,9 @@ class BatchRenorm(BatchNorm):
     True
     """
 
+    r_max = 3.0
+    d_max = 5.0
+
     def __init__(
         self,
         num_features: int,
@@ -73,8 +76,8 @@ class BatchRenorm(BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         *,
-        r_max: float = 3.0,
-        d_max: float = 5.0,
+        r_max: float = r_max,
+        d_max: float = d_max,
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, **options)

@@ -196,12 +196,12 @@ class Module:
         """Set evaluation mode here and below."""
         return self.train(False)
 
-    def mode(self) -> Mode | None:
+    def _mode(self) -> Mode | None:
         """What `forward` would do now; None for layers without statistics."""
         return None
 
     def modes(self) -> Table[Mode]:
-        """The `mode` of each normalization layer, here and below; prints as a table.
+        """What each normalization layer, here and below, would do now; prints as a table.
 
         Examples
         --------
@@ -213,7 +213,7 @@ class Module:
         1     BatchNorm  yes       running     -     no       yes     0
         2     BatchNorm  yes       batch       a     yes      yes     0
         """
-        modes = ((name, module.mode()) for name, module in self.named_modules())
+        modes = ((name, module._mode()) for name, module in self.named_modules())
         return Table(Mode, [mode._replace(name=name) for name, mode in modes if mode is not None])
 
     # -- state -------------------------------------------------------------------------
