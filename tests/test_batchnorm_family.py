@@ -7,12 +7,14 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import bnext
 import reference
 from bnext import nn, optim
 from bnext.nn import Module, Parameter
-from cases import DTYPES, TOLERANCE, data
+from cases import DTYPES, TOLERANCE, data, shapes
 from gradcheck import gradcheck
 
 CHANNELS = 5
@@ -20,13 +22,7 @@ MASK = np.array([True, False, True, True, False])
 SHAPES = [((6, CHANNELS), 1), ((7, CHANNELS, 3, 4), 1), ((6, 4, 3, CHANNELS), -1)]
 
 # What can be combined: each may be there or not.
-CHOICES = {
-    "channel_mask": MASK,
-    "ghost_batch_size": 3,
-    "mask": True,
-    "renorm": True,
-    "epilogue": True,
-}
+CHOICES = ["channel_mask", "ghost_batch_size", "mask", "renorm", "epilogue"]
 COMBINATIONS = [
     frozenset(chosen)
     for count in range(len(CHOICES) + 1)
@@ -34,20 +30,23 @@ COMBINATIONS = [
 ]
 
 
-def layer_of(chosen, axis=1, dtype=np.float64, **options):
-    options |= {key: CHOICES[key] for key in ("channel_mask", "ghost_batch_size") if key in chosen}
+def layer_of(chosen, axis=1, dtype=np.float64, channels=CHANNELS, **options):
+    if "channel_mask" in chosen:
+        options["channel_mask"] = np.resize(MASK, channels)
+    if "ghost_batch_size" in chosen:
+        options["ghost_batch_size"] = 3
     if "epilogue" in chosen:
         options |= {"activation": "leaky_relu", "negative_slope": 0.3}
     if "renorm" in chosen:
         kind, options = nn.BatchRenorm, options | {"r_max": 1.1, "d_max": 0.05}
     else:
         kind = nn.BatchNorm
-    norm = kind(CHANNELS, channel_axis=axis, dtype=dtype, **options)
+    norm = kind(channels, channel_axis=axis, dtype=dtype, **options)
     rng = np.random.default_rng(5)
     for parameter in norm.parameters():
-        parameter.data[...] = rng.normal(size=CHANNELS)
-    norm.running_mean[...] = rng.normal(size=CHANNELS)
-    norm.running_var[...] = rng.uniform(0.3, 3, CHANNELS)
+        parameter.data[...] = rng.normal(size=channels)
+    norm.running_mean[...] = rng.normal(size=channels)
+    norm.running_var[...] = rng.uniform(0.3, 3, channels)
     return norm
 
 
@@ -72,7 +71,7 @@ class Expected:
         def wide(values):
             return reference._per_channel(values, x, axis)
 
-        on = wide(np.ones(CHANNELS) if norm.channel_mask is None else norm.channel_mask)
+        on = wide(np.ones(norm.num_features) if norm.channel_mask is None else norm.channel_mask)
         weight, bias = wide(norm.weight.data), wide(norm.bias.data)
         x = x.astype(reference.Wide)
         counted = np.ones_like(x) if mask is None else np.broadcast_to(mask, x.shape) * 1.0
@@ -175,17 +174,37 @@ def test_gradients_are_those_of_differences(chosen, shape, axis):
 @each_shape
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_and_gradients_are_those_of_the_formulas(chosen, shape, axis, dtype):
-    norm, x, mask, residual, groups = case(chosen, shape, axis, dtype)
+    check_formulas(*case(chosen, shape, axis, dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=shapes(), chosen=st.sampled_from(COMBINATIONS), seed=st.integers(0, 99))
+def test_any_shape(drawn, chosen, seed):
+    shape, axis = drawn
+    chosen -= {"ghost_batch_size"}
+    mask = None
+    if "mask" in chosen:
+        one = [1 if a == axis % len(shape) else size for a, size in enumerate(shape)]
+        mask = np.random.default_rng(seed).random(one) < 0.7
+        mask[0], mask[-1] = True, True
+        assume(mask.sum() > 1)
+    residual = data(shape, axis, np.float32, seed=8) if "epilogue" in chosen else None
+    norm = layer_of(chosen, axis, np.float32, shape[axis])
+    check_formulas(norm, data(shape, axis, seed=seed), mask, residual, [(0, None)])
+
+
+def check_formulas(norm, x, mask, residual, groups):
     expected = Expected(norm, x, mask, residual, groups)
     y, backward = norm.forward(x, residual, mask=mask)
-    grad_y = data(shape, axis, dtype, seed=4)
+    dtype = x.dtype
+    grad_y = data(x.shape, norm.channel_axis, dtype, seed=4)
     grads = backward(grad_y)
     grads = grads if residual is not None else (grads,)
     results = [y, grads[0], norm.weight.grad, norm.bias.grad, *grads[1:]]
     for result, wanted in zip(results, [expected.y, *expected.backward(grad_y)], strict=False):
         assert result.dtype == dtype
         scale = 1 + abs(wanted).max()
-        assert abs(result - wanted).max() <= TOLERANCE[np.dtype(dtype)] * scale
+        assert abs(result - wanted).max() <= TOLERANCE[dtype] * scale
 
 
 @each_combination
