@@ -131,7 +131,19 @@ def layers():
             nn.Residual(nn.Conv2d(2, 3, 3, padding=1, dtype=F64), nn.Conv2d(2, 3, 1, dtype=F64)),
             normal(2, 2, 4, 4),
         ),
+        "residual, norm": (residual_norm(None), normal(2, 2, 4, 4)),
+        "residual, shortcut, norm": (
+            residual_norm(nn.Conv2d(2, 2, 1, dtype=F64)),
+            normal(2, 2, 4, 4),
+        ),
     }
+
+
+def residual_norm(shortcut):
+    """With running statistics in training too, so that evaluation gives the same."""
+    norm = nn.BatchNorm(2, activation="leaky_relu", negative_slope=0.2, dtype=F64)
+    body = nn.Conv2d(2, 2, 3, padding=1, dtype=F64)
+    return nn.Residual(body, shortcut, norm=norm.freeze(affine=False))
 
 
 # -- gradients and values --------------------------------------------------------------
@@ -358,6 +370,17 @@ def test_initial_weights():
     assert not np.array_equal(nn.Conv2d(8, 64, 3, groups=2).weight.data, conv_layer.weight.data)
 
 
+def test_residual_with_norm_is_the_sum_of_its_parts():
+    bnext.manual_seed(0)
+    body, norm = nn.Conv2d(2, 2, 1), nn.BatchNorm(2, activation="relu")
+    x = normal(3, 2, 4, 4, dtype=F32)
+    y, _ = nn.Residual(body, norm=norm).forward(x)
+    expected = np.maximum(nn.BatchNorm(2).forward(body(x))[0] + x, 0)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="'norm': residual: expected shape"):
+        nn.Residual(nn.Conv2d(2, 2, 3), norm=norm).forward(x)
+
+
 def test_sequential_is_a_list_of_layers():
     relu, flatten = nn.ReLU(), nn.Flatten()
     model = nn.Sequential(relu, flatten)
@@ -436,7 +459,7 @@ def test_wrong_gradients(case):
     with pytest.raises(ValueError, match="grad_y: expected shape"):
         backward(y[:-1])
     if case != "sequential":
-        with pytest.raises(TypeError, match="grad_y: expected float64, got float32"):
+        with pytest.raises(TypeError, match=r"grad_y: expected .*float64.*, got float32"):
             backward(y.astype(F32))
     assert all(parameter.grad is None for parameter in layer.parameters())
 

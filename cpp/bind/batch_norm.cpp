@@ -259,10 +259,23 @@ py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, 
   py::array_t<double> inv_std(mean64.size());
   for (py::ssize_t c = 0; c < inv_std.size(); ++c)
     inv_std.mutable_at(c) = 1 / std::sqrt(var64.at(c) + args.eps);
-  return py::make_tuple(
-      y, BatchNormSaved{from, copy(w), copy(b), mean64.attr("copy")(), var64.attr("copy")(),
-                        inv_std, options.channel_axis, options.activation, options.negative_slope,
-                        false, y.data() == from.data()});
+  BatchNormSaved saved{from,
+                       copy(w),
+                       copy(b),
+                       mean64.attr("copy")(),
+                       var64.attr("copy")(),
+                       inv_std,
+                       options.channel_axis,
+                       options.activation,
+                       options.negative_slope,
+                       false,
+                       y.data() == from.data()};
+  saved.has_residual = r.has_value();
+  if (r && options.activation != Activation::none) {
+    saved.residual = r;
+    saved.residual_overwritten = y.data() == r->data();
+  }
+  return py::make_tuple(y, std::move(saved));
 }
 
 py::object inference(py::handle x, py::handle mean, py::handle var, py::handle weight,
@@ -274,9 +287,10 @@ py::object inference(py::handle x, py::handle mean, py::handle var, py::handle w
 
 py::tuple inference_forward(py::handle x, py::handle mean, py::handle var, py::handle weight,
                             py::handle bias, py::handle eps, py::handle channel_axis,
-                            py::handle activation, py::handle negative_slope, py::handle out) {
+                            py::handle residual, py::handle activation, py::handle negative_slope,
+                            py::handle out) {
   return inference_saved("batch_norm_inference", x, mean, var, weight, bias, eps, channel_axis,
-                         py::none(), activation, negative_slope, out, true);
+                         residual, activation, negative_slope, out, true);
 }
 
 }  // namespace
@@ -294,6 +308,9 @@ Attributes
 mean, var, inv_std : ndarray (C,), dtype of x
     Of this batch; `var` is the biased variance, `inv_std` is 1 / sqrt(var + eps). Backward
     itself uses them in float64.
+moments : (ndarray (C,), ndarray (C,)), float64
+    Mean and biased variance as they were accumulated: float32 cannot hold the mean of data that
+    lie far from zero.
 count : int
     Number of values per channel.
 nbytes : int
@@ -309,6 +326,10 @@ Notes
       .def_property_readonly("var", [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.var); })
       .def_property_readonly("inv_std",
                              [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.inv_std); })
+      .def_property_readonly("moments",
+                             [](const BatchNormSaved& s) {
+                               return py::make_tuple(s.mean.attr("copy")(), s.var.attr("copy")());
+                             })
       .def_property_readonly("count", &BatchNormSaved::count)
       .def_property_readonly("nbytes", &BatchNormSaved::nbytes)
       .def("__repr__", [](const BatchNormSaved& s) {
@@ -457,7 +478,7 @@ array([[0. , 1. , 0.5],
 
   m.def("batch_norm_inference_forward", inference_forward, "x"_a, "mean"_a, "var"_a,
         "weight"_a = none, "bias"_a = none, py::kw_only(), "eps"_a = 1e-5, "channel_axis"_a = 1,
-        "activation"_a = none, "negative_slope"_a = 0.01, "out"_a = none,
+        "residual"_a = none, "activation"_a = none, "negative_slope"_a = 0.01, "out"_a = none,
         "batch_norm_inference, with what backward needs: (y, saved). The statistics are "
         "constants, so no gradient goes through them.");
 }

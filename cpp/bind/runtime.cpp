@@ -27,6 +27,11 @@ py::dict buffer_stats() {
   return stats;
 }
 
+py::array empty_like(py::handle x) {
+  const py::array like = input("empty_like", "x", x);
+  return new_array(like.dtype(), shape_of(like));
+}
+
 void set_limit(py::handle bytes) {
   const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(bytes.ptr()));
   if (!index) {
@@ -75,6 +80,8 @@ Returns
 dict
     Bytes: ``limit``, at most so many are kept for their next use; ``kept``, so many are.
     Counts: ``reused``, results that took used memory; ``made``, those that took new memory.)");
+  m.def("empty_like", empty_like, py::arg("x"),
+        "An array for results like x, not initialized, in memory that is used again.");
   m.def("set_buffer_limit", set_limit, py::arg("bytes"),
         R"(Keep at most `bytes` of the memory of results for their next use, by default 1 GiB.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 
-from bnext import _core, functional, nn
+from bnext import _core, conventions, functional, nn
 from bnext._core import (
     __version__,
     buffer_stats,
@@ -21,16 +21,21 @@ from bnext._core import (
     set_buffer_limit,
     set_num_threads,
 )
+from bnext.folding import fold
 from bnext.random import Generator, manual_seed
+from bnext.reestimation import reestimate
 
 __all__ = [
     "Generator",
     "__version__",
     "buffer_stats",
+    "conventions",
+    "fold",
     "functional",
     "get_num_threads",
     "manual_seed",
     "nn",
+    "reestimate",
     "set_buffer_limit",
     "set_num_threads",
     "show_config",

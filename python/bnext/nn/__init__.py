@@ -1,7 +1,9 @@
 """Layers: ``y = layer(x)`` evaluates, ``y, backward = layer.forward(x)`` trains."""
 
+from bnext.nn._running_stats import stats_updates, use_bank
 from bnext.nn.activation import LeakyReLU, ReLU
 from bnext.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnext.nn.batchrenorm import BatchRenorm
 from bnext.nn.container import Residual, Sequential
 from bnext.nn.conv2d import Conv2d
 from bnext.nn.dropout import Dropout, Dropout2d
@@ -17,6 +19,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
     "Conv2d",
     "Dropout",
     "Dropout2d",
@@ -31,4 +34,6 @@ __all__ = [
     "ReLU",
     "Residual",
     "Sequential",
+    "stats_updates",
+    "use_bank",
 ]

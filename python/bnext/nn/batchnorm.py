@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from bnext import _core
 from bnext import functional as F
-from bnext.nn.module import Array, Backward, Module, Parameter, number
+from bnext.nn import _normalize
+from bnext.nn._normalize import Pass
+from bnext.nn._running_stats import RunningStats
+from bnext.nn.module import Array, Backward, Mode, Module, Parameter, number
+from bnext.random import Generator
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
-class BatchNorm(Module):
+class BatchNorm(RunningStats):
     r"""Normalize each channel over the batch, then scale and shift it.
 
     .. math:: y = \frac{x - E[x]}{\sqrt{Var[x] + eps}} \, weight + bias
@@ -40,9 +48,29 @@ class BatchNorm(Module):
         such as "relu".
     negative_slope : float, default 0.01
         Of leaky_relu.
+    dropout : float, default 0
+        In training, probability of a zero, as `Dropout`, after the activation and in the same
+        pass.
+    generator : Generator, optional
+        Where dropout draws from; `bnext.random.default_generator` if not given.
+    channel_mask : array_like of bool (C,), optional
+        Channels that are False are not normalized: ``y = weight * x + bias``. Their running
+        statistics stay as they are.
+    ghost_batch_size : int, optional
+        In training, normalize groups of so many samples each by their own statistics (Hoffer et
+        al. 2017). A remainder is spread over the groups. The running statistics see the groups
+        one after the other.
+    banks : iterable of str, optional
+        Names of sets of running statistics, for batches from different domains; `bank` chooses.
+        There is then no set without a name, and the first is in use.
     channel_axis : 1 or -1, default 1
     dtype : dtype, default float32
         Of parameters, running statistics and input.
+
+    Attributes
+    ----------
+    update_stats : bool
+        Whether forward passes in training move the running statistics; see `stats_updates`.
 
     Shape: (N, C, *) -> (N, C, *), or (N, *, C) with channel_axis -1.
 
@@ -58,7 +86,8 @@ class BatchNorm(Module):
 
     References
     ----------
-    Ioffe & Szegedy, "Batch normalization", arXiv:1502.03167.
+    Ioffe & Szegedy, "Batch normalization", arXiv:1502.03167. Hoffer et al., "Train longer,
+    generalize better", arXiv:1705.08741.
 
     Examples
     --------
@@ -73,9 +102,6 @@ class BatchNorm(Module):
     (16, 3, 4, 4)
     """
 
-    running_mean: Array
-    running_var: Array
-    num_batches_tracked: Array
     _ranks: tuple[int, ...] | None = None
     _expects = ""
 
@@ -89,10 +115,14 @@ class BatchNorm(Module):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        dropout: float = 0.0,
+        generator: Generator | None = None,
+        channel_mask: npt.ArrayLike | None = None,
+        ghost_batch_size: int | None = None,
+        banks: Iterable[str] = (),
         channel_axis: int = 1,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        super().__init__()
         kind = type(self).__name__
         if num_features < 1:
             raise ValueError(f"{kind}: num_features: expected 1 or more, got {num_features}")
@@ -115,61 +145,167 @@ class BatchNorm(Module):
             raise ValueError(
                 f"{kind}: activation: expected one of {_core.activations}, got {activation!r}"
             )
+        dropout = number(kind, "dropout", dropout)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{kind}: dropout: expected a number in [0, 1], got {dropout}")
         if channel_axis not in (1, -1):
             raise ValueError(f"{kind}: channel_axis: expected 1 or -1, got {channel_axis}")
         dtype = np.dtype(dtype)
         if dtype not in (np.float32, np.float64):
             raise TypeError(f"{kind}: dtype: expected float32 or float64, got {dtype}")
-        self.num_features = num_features
+        super().__init__(
+            num_features,
+            momentum,
+            track_running_stats,
+            _channel_mask(kind, channel_mask, num_features),
+        )
         self.eps = eps
-        self.momentum = momentum
         self.affine = affine
-        self.track_running_stats = track_running_stats
         self.activation = activation
         self.negative_slope = negative_slope
+        self.dropout = dropout
+        self.generator = generator
+        self.ghost_batch_size = _ghost_batch_size(kind, ghost_batch_size)
         self.channel_axis = channel_axis
         self.weight = Parameter(np.ones(num_features, dtype), decay=False) if affine else None
         self.bias = Parameter(np.zeros(num_features, dtype), decay=False) if affine else None
-        if track_running_stats:
-            self.register_buffer("running_mean", np.zeros(num_features, dtype))
-            self.register_buffer("running_var", np.ones(num_features, dtype))
-            self.register_buffer("num_batches_tracked", np.zeros((), np.int64))
+        self._add_running_stats(banks, dtype)
 
-    def reset_running_stats(self) -> None:
-        """Set the running statistics to mean 0, variance 1, no batches seen."""
-        if self.track_running_stats:
-            self.running_mean[...] = 0
-            self.running_var[...] = 1
-            self.num_batches_tracked[...] = 0
+    # -- passes ------------------------------------------------------------------------
+    @overload
+    def forward(
+        self,
+        x: npt.ArrayLike,
+        residual: None = None,
+        *,
+        mask: npt.ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> tuple[Array, Backward]: ...
 
-    def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
+    @overload
+    def forward(
+        self,
+        x: npt.ArrayLike,
+        residual: npt.ArrayLike,
+        *,
+        mask: npt.ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]: ...
+
+    def forward(
+        self,
+        x: npt.ArrayLike,
+        residual: npt.ArrayLike | None = None,
+        *,
+        mask: npt.ArrayLike | None = None,
+        update_stats: bool | None = None,
+    ) -> Any:
+        """One pass that can be differentiated.
+
+        Parameters
+        ----------
+        x : array_like (N, C, *), or (N, *, C) with channel_axis -1
+        residual : array_like, like x, optional
+            Added before the activation, in the same pass.
+        mask : array_like of bool, optional
+            (N, *), or with an axis of 1 in place of the channels. Only where it is True do values
+            count in the batch's statistics; all of them are normalized, as in Keras.
+        update_stats : bool, optional
+            Whether the running statistics move in training; by default as the attribute says.
+
+        Returns
+        -------
+        y : ndarray, like x
+        backward : callable
+            ``grad_x = backward(grad_y)``, or ``grad_x, grad_residual = backward(grad_y)`` if there
+            is a residual.
+        """
         x = self._check(x)
-        if self.training or not self.track_running_stats:
-            y, saved = self._normalize_by_batch(x)
-            if self.training and self.track_running_stats:
-                self._update_running_stats(saved)
+        residual = self._check_residual(residual, x)
+        positions = self._positions(mask, x)
+        if self.uses_batch_statistics:
+            result = self._by_batch(x, residual, positions, self._as_in_training)
+            updates = self.update_stats if update_stats is None else update_stats
+            for moments in result.moments:
+                if self._observer is not None:
+                    self._observer(moments)
+                elif self.training and self.track_running_stats and updates:
+                    self._update_running_stats(moments)
         else:
-            y, saved = _core.batch_norm_inference_forward(
-                x, self.running_mean, self.running_var, **self._arguments
+            result = _normalize.by_statistics(
+                x,
+                self._running_statistics,
+                self._options,
+                self._dropout(self._as_in_training),
+                residual=residual,
             )
 
-        def backward(grad_y: Array) -> Array:
-            grads = F.batch_norm_backward(grad_y, saved)
+        def backward(grad_y: Array) -> Any:
+            grads = result.gradients(grad_y, None)
             for parameter, grad in ((self.weight, grads.weight), (self.bias, grads.bias)):
-                if parameter is not None and grad is not None:
+                if parameter is not None and grad is not None and not self.frozen_affine:
                     parameter.accumulate(grad)
-            return grads.x
+            return grads.x if residual is None else (grads.x, grads.residual)
 
-        return y, backward
+        return result.y, backward
 
-    def __call__(self, x: npt.ArrayLike) -> Array:
+    def __call__(
+        self,
+        x: npt.ArrayLike,
+        residual: npt.ArrayLike | None = None,
+        *,
+        mask: npt.ArrayLike | None = None,
+    ) -> Array:
+        """Evaluation, whatever the mode; `mask` matters without running statistics only."""
         x = self._check(x)
+        residual = self._check_residual(residual, x)
+        positions = self._positions(mask, x)
         if not self.track_running_stats:
-            return self._normalize_by_batch(x)[0]
-        return F.batch_norm_inference(x, self.running_mean, self.running_var, **self._arguments)
+            return self._by_batch(x, residual, positions, as_in_training=False).y
+        return F.batch_norm_inference(
+            x, residual=residual, **{**self._options, **self._running_statistics}
+        )
 
     @property
-    def _arguments(self) -> dict[str, Any]:
+    def uses_batch_statistics(self) -> bool:
+        """Whether `forward` normalizes by the batch, or else by the running statistics."""
+        return not self.track_running_stats or (self.training and not self.frozen_stats)
+
+    @property
+    def _as_in_training(self) -> bool:
+        """With dropout and all that belongs to training, which `bnext.reestimate` wants without."""
+        return self.training and self._observer is None
+
+    def _dropout(self, as_in_training: bool) -> _normalize.Dropout:
+        return _normalize.Dropout(self.dropout if as_in_training else 0.0, self.generator)
+
+    def _by_batch(
+        self, x: Array, residual: Array | None, positions: Array | None, as_in_training: bool
+    ) -> Pass:
+        normalize = partial(
+            _normalize.by_batch,
+            options=self._options,
+            dropout=self._dropout(as_in_training),
+            channels=self.channel_mask,
+            rescale=self._rescale if as_in_training else None,
+        )
+        groups = self._groups(len(x)) if as_in_training else [slice(None)]
+        for group in groups:
+            self._check_count(x[group], None if positions is None else positions[group])
+        if len(groups) == 1:
+            return normalize(x, residual=residual, positions=positions)
+        return _normalize.by_groups(x, groups, normalize, residual=residual, positions=positions)
+
+    _rescale: _normalize.Rescale | None = None
+
+    def _groups(self, samples: int) -> list[slice]:
+        """The ghost batches: of `ghost_batch_size` samples, or a few more."""
+        count = max(1, samples // self.ghost_batch_size) if self.ghost_batch_size else 1
+        edges = [samples * group // count for group in range(count + 1)]
+        return [slice(*pair) for pair in pairwise(edges)]
+
+    @property
+    def _options(self) -> dict[str, Any]:
         """What the functions take besides x and statistics."""
         return {
             "weight": None if self.weight is None else self.weight.data,
@@ -180,59 +316,112 @@ class BatchNorm(Module):
             "negative_slope": self.negative_slope,
         }
 
+    @property
+    def _running_statistics(self) -> dict[str, Any]:
+        """What evaluation normalizes by: mean 0 and variance 1 in channels that are masked."""
+        if self.channel_mask is None:
+            return {"mean": self.running_mean, "var": self.running_var}
+        dtype = self.running_var.dtype
+        var = self.running_var.astype(np.float64) + self.eps
+        return {
+            "mean": np.where(self.channel_mask, self.running_mean, dtype.type(0)),
+            "var": np.where(self.channel_mask, var, 1).astype(dtype),
+            "eps": 0.0,
+        }
+
+    # -- checks ------------------------------------------------------------------------
     def _check(self, x: npt.ArrayLike) -> Array:
         x = np.asanyarray(x)
         if self._ranks is not None and x.ndim not in self._ranks:
             raise ValueError(f"{self.label}: expected {self._expects}, got shape {x.shape}")
-        if x.ndim >= 2 and x.shape[self.channel_axis] != self.num_features:
+        if x.ndim < 2:
+            raise ValueError(f"{self.label}: x: expected 2 or more dimensions, got shape {x.shape}")
+        if x.shape[self.channel_axis] != self.num_features:
             raise ValueError(
                 f"{self.label}: expected {self.num_features} channels on axis "
                 f"{self.channel_axis}, got {x.shape[self.channel_axis]} (shape {x.shape})"
             )
         return x
 
-    def _normalize_by_batch(self, x: Array) -> tuple[Array, F.BatchNormSaved]:
-        if x.ndim >= 2 and x.size == self.num_features:
-            mode = "in training mode" if self.training else "without running statistics"
+    def _check_residual(self, residual: npt.ArrayLike | None, x: Array) -> Array | None:
+        if residual is None:
+            return None
+        residual = np.asanyarray(residual)
+        if residual.shape != x.shape:
             raise ValueError(
-                f"{self.label}: 1 value per channel (shape {x.shape}) {mode}; batch statistics "
-                "need 2 or more: use a larger batch, drop or merge a last batch of one sample, "
-                "or call eval() to use running statistics"
+                f"{self.label}: residual: expected shape {x.shape}, got {residual.shape}"
             )
-        return F.batch_norm_forward(x, **self._arguments)
+        return residual
 
-    def _update_running_stats(self, saved: F.BatchNormSaved) -> None:
-        if saved.count == 0:
-            return
-        mean, var = saved.mean, saved.var
-        bad = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))
-        step = int(self.num_batches_tracked) + 1
-        if bad.size:
-            warnings.warn(
-                f"{self.label}: step {step}: batch statistics are not finite in "
-                f"{bad.size} of {self.num_features} channels, the first is {bad[0]}; running "
-                "statistics stay as they are",
-                RuntimeWarning,
-                stacklevel=3,
+    def _positions(self, mask: npt.ArrayLike | None, x: Array) -> Array | None:
+        """`mask` like x with one channel."""
+        if mask is None:
+            return None
+        mask = np.asarray(mask)
+        if mask.dtype != bool:
+            raise TypeError(f"{self.label}: mask: expected dtype bool, got {mask.dtype}")
+        one_channel = list(x.shape)
+        one_channel[self.channel_axis] = 1
+        without = list(x.shape)
+        del without[self.channel_axis]
+        if list(mask.shape) not in (one_channel, without):
+            raise ValueError(
+                f"{self.label}: mask: expected shape {tuple(one_channel)} or {tuple(without)}, "
+                f"got {mask.shape}"
             )
+        return mask.reshape(one_channel)
+
+    def _check_count(self, x: Array, positions: Array | None) -> None:
+        """ValueError if a channel that is normalized has one value."""
+        count = x.size // self.num_features if positions is None else np.count_nonzero(positions)
+        if count != 1 or (self.channel_mask is not None and not self.channel_mask.any()):
             return
-        self.num_batches_tracked[...] = step
-        weight = 1 / step if self.momentum is None else self.momentum
-        unbiased = var * (saved.count / (saved.count - 1))
-        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running *= 1 - weight
-            running += weight * batch
+        values = "value" if positions is None else "valid value"
+        mode = "in training mode" if self.training else "without running statistics"
+        raise ValueError(
+            f"{self.label}: 1 {values} per channel (shape {x.shape}) {mode}; batch statistics "
+            "need 2 or more: use a larger batch, drop or merge a last batch of one sample, "
+            "or use running statistics, with eval() or freeze(affine=False)"
+        )
+
+    # -- display -----------------------------------------------------------------------
+    def _mode(self) -> Mode:
+        statistics = "batch" if self.uses_batch_statistics else "running"
+        if self.ghost_batch_size and self.training and self.uses_batch_statistics:
+            statistics = "ghost batch"
+        return Mode(
+            self.name,
+            type(self).__name__,
+            self.training,
+            statistics,
+            self.current_bank,
+            updates=self.training
+            and self.track_running_stats
+            and self.uses_batch_statistics
+            and self.update_stats,
+            trains=self.affine and not self.frozen_affine,
+            dropout=self.dropout if self.training else 0.0,
+        )
 
     def extra_repr(self) -> str:
         fields = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
-        if not self.affine:
-            fields += ", affine=False"
-        if not self.track_running_stats:
-            fields += ", track_running_stats=False"
-        if self.activation is not None:
-            fields += f", activation={self.activation!r}"
-        if self.channel_axis != 1:
-            fields += f", channel_axis={self.channel_axis}"
+        if self.channel_mask is not None:
+            off = self.num_features - np.count_nonzero(self.channel_mask)
+            fields += f", channel_mask={off} off"
+        defaults: dict[str, Any] = {
+            "affine": True,
+            "track_running_stats": True,
+            "activation": None,
+            "dropout": 0,
+            "ghost_batch_size": None,
+            "banks": (),
+            "channel_axis": 1,
+            "frozen_stats": False,
+            "frozen_affine": False,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                fields += f", {name}={getattr(self, name)!r}"
         return fields
 
 
@@ -255,3 +444,38 @@ class BatchNorm3d(BatchNorm):
 
     _ranks = (5,)
     _expects = "5 dimensions, (N, C, D, H, W)"
+
+
+def _channel_mask(kind: str, mask: npt.ArrayLike | None, num_features: int) -> Array | None:
+    if mask is None:
+        return None
+    mask = np.array(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"{kind}: channel_mask: expected dtype bool, got {mask.dtype}")
+    if mask.shape != (num_features,):
+        raise ValueError(
+            f"{kind}: channel_mask: expected shape ({num_features},), got {mask.shape}"
+        )
+    mask.flags.writeable = False
+    return mask
+
+
+def _ghost_batch_size(kind: str, size: int | None) -> int | None:
+    if size is None:
+        return None
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(
+            f"{kind}: ghost_batch_size: expected an integer, got {type(size).__name__}"
+        ) from None
+    if size < 1:
+        raise ValueError(f"{kind}: ghost_batch_size: expected 1 or more, got {size}")
+    return size
+
+
+def batch_norms(model: Module) -> Iterator[tuple[str, BatchNorm]]:
+    """Every `BatchNorm` of a model, itself included, once, with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            yield name, module

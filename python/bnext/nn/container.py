@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from bnext.nn import _blas
+from bnext.nn.batchnorm import BatchNorm
 from bnext.nn.module import Array, Backward, Module
 
 
@@ -69,13 +70,16 @@ class Sequential(Module):
 
 
 class Residual(Module):
-    """``y = body(x) + shortcut(x)``.
+    """``y = body(x) + shortcut(x)``, or ``norm(body(x), shortcut(x))`` in one pass.
 
     Parameters
     ----------
     body : Module
     shortcut : Module, optional
         By default the identity.
+    norm : BatchNorm, optional
+        Normalizes what the body gives, adds the shortcut, and applies its activation, as at the
+        end of a block of He et al. (2015).
 
     Raises
     ------
@@ -87,12 +91,19 @@ class Residual(Module):
     >>> from bnext import nn
     >>> nn.Residual(nn.ReLU())(np.array([-1.0, 2.0]))
     array([-1.,  4.])
+    >>> body = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    >>> block = nn.Residual(body, norm=nn.BatchNorm(8, activation="relu"))
+    >>> block(np.ones((2, 8, 4, 4), np.float32)).shape
+    (2, 8, 4, 4)
     """
 
-    def __init__(self, body: Module, shortcut: Module | None = None) -> None:
+    def __init__(
+        self, body: Module, shortcut: Module | None = None, *, norm: BatchNorm | None = None
+    ) -> None:
         super().__init__()
         self.body = body
         self.shortcut = shortcut
+        self.norm = norm
 
     def _add(self, body: Array, shortcut: Array) -> Array:
         if body.shape != shortcut.shape:
@@ -104,16 +115,31 @@ class Residual(Module):
 
     def __call__(self, x: Array) -> Array:
         x = np.asarray(x)
-        return self._add(self.body(x), x if self.shortcut is None else self.shortcut(x))
+        body, shortcut = self.body(x), x if self.shortcut is None else self.shortcut(x)
+        return self._add(body, shortcut) if self.norm is None else self.norm(body, shortcut)
 
     def forward(self, x: Array) -> tuple[Array, Backward]:
         x = np.asarray(x)
         body, body_backward = self.body.forward(x)
-        if self.shortcut is None:
-            return self._add(body, x), lambda grad: _blas.add(body_backward(grad), grad)
-        shortcut, shortcut_backward = self.shortcut.forward(x)
+        shortcut, shortcut_backward = (
+            (x, _same) if self.shortcut is None else self.shortcut.forward(x)
+        )
+        y, both_backward = (
+            (self._add(body, shortcut), _twice)
+            if self.norm is None
+            else self.norm.forward(body, shortcut)
+        )
 
         def backward(grad: Array) -> Array:
-            return _blas.add(body_backward(grad), shortcut_backward(grad))
+            grad_body, grad_shortcut = both_backward(grad)
+            return _blas.add(body_backward(grad_body), shortcut_backward(grad_shortcut))
 
-        return self._add(body, shortcut), backward
+        return y, backward
+
+
+def _same(grad: Array) -> Array:
+    return grad
+
+
+def _twice(grad: Array) -> tuple[Array, Array]:
+    return grad, grad

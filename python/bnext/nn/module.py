@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from bnext._table import Table
 
 Array = npt.NDArray[Any]
 Backward = Callable[[Array], Array]
@@ -51,6 +53,36 @@ class Parameter:
 
     def __repr__(self) -> str:
         return f"Parameter(shape={self.data.shape}, dtype={self.data.dtype})"
+
+
+class Mode(NamedTuple):
+    """What a normalization layer would do in `forward` now.
+
+    Attributes
+    ----------
+    name, kind : str
+        The layer's dotted path and class.
+    training : bool
+    statistics : str
+        What it normalizes by: "batch", "ghost batch" or "running".
+    bank : str or None
+        The bank of running statistics in use.
+    updates : bool
+        Whether running statistics move.
+    trains : bool
+        Whether `weight` and `bias` get gradients.
+    dropout : float
+        Probability in effect.
+    """
+
+    name: str
+    kind: str
+    training: bool
+    statistics: str
+    bank: str | None
+    updates: bool
+    trains: bool
+    dropout: float
 
 
 class Module:
@@ -163,6 +195,26 @@ class Module:
     def eval(self) -> Module:
         """Set evaluation mode here and below."""
         return self.train(False)
+
+    def _mode(self) -> Mode | None:
+        """What `forward` would do now; None for layers without statistics."""
+        return None
+
+    def modes(self) -> Table[Mode]:
+        """What each normalization layer, here and below, would do now; prints as a table.
+
+        Examples
+        --------
+        >>> from bnext import nn
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm(3), nn.BatchNorm(3, banks=("a",)))
+        >>> _ = model[1].freeze(affine=False)
+        >>> print(model.modes())
+        name  kind       training  statistics  bank  updates  trains  dropout
+        1     BatchNorm  yes       running     -     no       yes     0
+        2     BatchNorm  yes       batch       a     yes      yes     0
+        """
+        modes = ((name, module._mode()) for name, module in self.named_modules())
+        return Table(Mode, [mode._replace(name=name) for name, mode in modes if mode is not None])
 
     # -- state -------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Array]:
