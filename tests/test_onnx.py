@@ -41,7 +41,11 @@ def run(proto, x):
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = ort.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        proto.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        # It removes Dropout between other nodes, in training mode too.
+        disabled_optimizers=["EliminateDropout"],
     )
     return session.run(None, {session.get_inputs()[0].name: x})
 
@@ -408,10 +412,10 @@ GRAPHS = {
         ["ReLU"],
     ),
     "clip to relu": (
-        [("Clip", ["x", "zero"], ["y"], {})],
+        [("Clip", ["x", "zero"], ["h"], {}), ("Clip", ["h", "zero", "max"], ["y"], {})],
         ("N", 4),
-        {"zero": F32(0)},
-        ["ReLU"],
+        {"zero": F32(0), "max": np.finfo(F32).max},
+        ["ReLU", "ReLU"],
     ),
     "global average, dropout, squeeze": (
         [
@@ -595,12 +599,22 @@ UNSUPPORTED = {
     "a constant term": (
         [("Relu", ["x"], ["h"], {}), ("Add", ["h", "B"], ["y"], {})],
         {"B": B},
-        r"node 'n1' \(Add\): a constant can only be added to the result of a MatMul",
+        r"node 'n1' \(Add\): B: expected a result, or a bias of a MatMul, got a const.* \(4,\)",
     ),
     "a bias of a full matrix": (
         [("Gemm", ["x", "W", "W"], ["y"], {})],
         {"W": W},
-        r"node 'n0' \(Gemm\): ",
+        r"node 'n0' \(Gemm\): C: expected shape \(4,\), got \(4, 4\)",
+    ),
+    "a bias of a full matrix, added": (
+        [("MatMul", ["x", "W"], ["h"], {}), ("Add", ["h", "W"], ["y"], {})],
+        {"W": W},
+        r"node 'n1' \(Add\): B: expected a result, or a bias of a MatMul, got a .* \(4, 4\)",
+    ),
+    "statistics of another size": (
+        [("BatchNormalization", ["x", "s", "b", "m", "v"], ["y"], {})],
+        {**NORM, "v": F32([1])},
+        r"node 'n0' \(BatchNormalization\): input_var: expected shape \(4,\), got \(1,\)",
     ),
     "flatten": (
         [("Flatten", ["x"], ["y"], dict(axis=2))],
@@ -746,6 +760,7 @@ class Unknown(nn.BatchNorm):
         (nn.ReLU(), (4,), dict(opset=14), ValueError, "onnx.export: opset: expected 15 or more"),
         (nn.ReLU(), (4,), dict(opset=999), ValueError, "onnx.export: opset: expected at most"),
         (nn.ReLU(), (0,), {}, ValueError, "onnx.export: input_shape: expected 1 or more, got 0"),
+        (nn.ReLU(), 4, {}, TypeError, "onnx.export: input_shape: expected the sizes of one sample"),
         (nn.ReLU(), (2.5,), {}, TypeError, "onnx.export: input_shape: expected an integer"),
         (nn.Linear(4, 2), (5,), {}, ValueError, r"Linear: x: expected shape \(\*, 4\)"),
         (nn.Conv2d(4, 2, 3), (4, 2, 2), {}, ValueError, "Conv2d: x: expected a height"),

@@ -336,8 +336,9 @@ def export(
 
     Examples
     --------
+    >>> from bnext import nn, onnx
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3, activation="relu"))
-    >>> proto = export(model, None, (4,))
+    >>> proto = onnx.export(model, None, (4,))
     >>> [node.op_type for node in proto.graph.node]
     ['Gemm', 'BatchNormalization', 'Relu']
     """
@@ -348,6 +349,10 @@ def export(
         raise ValueError(
             f"onnx.export: opset: expected at most {newest}, which is the newest that "
             f"onnx {onnx.__version__} knows, got {opset}"
+        )
+    if not isinstance(input_shape, (tuple, list)):
+        raise TypeError(
+            f"onnx.export: input_shape: expected the sizes of one sample, got {input_shape!r}"
         )
     sizes = tuple(_check.integer("onnx.export", "input_shape", size, 1) for size in input_shape)
     dtypes = [a.dtype for a in model.state_dict().values() if np.issubdtype(a.dtype, np.floating)]

@@ -117,6 +117,18 @@ class _Node:
         constant: Array = self.reader.constants[self.inputs[index]]
         return constant
 
+    def fill(self, array: Array, index: int, argument: str) -> None:
+        """Copy the input `index` into `array`."""
+        value = self.constant(index, argument)
+        if value.shape != array.shape:
+            raise self.error(f"{argument}: expected shape {array.shape}, got {value.shape}")
+        array[...] = value
+
+    def integers(self, index: int, name: str) -> list[int]:
+        """The input `index` if there is one, else the attribute `name` (of older opsets)."""
+        values = self.constant(index, name) if self.has(index) else self.attribute(name, ())
+        return [int(value) for value in values]
+
     def value(self, index: int = 0, *forms: str) -> _Value:
         """The input `index`, which has to be computed and of one of `forms` (or plain)."""
         name = self.inputs[index]
@@ -156,7 +168,7 @@ class _Reader:
         """By the name of the result, in order."""
         self.statistics: set[str] = set()
         """The results that are new running statistics."""
-        self._names: Counter[str] = Counter()
+        self._names: set[str] = set()
 
     def read(self, node: _Node) -> None:
         row = _LOAD.get(node.op) if node.domain in ("", "ai.onnx") else None
@@ -200,8 +212,12 @@ class _Reader:
             name = weight.removesuffix(".weight")
         else:
             name = node.name.removesuffix(node.op).strip("/") or node.op.lower()
-        self._names[name] += 1
-        return name if self._names[name] == 1 else f"{name}_{self._names[name]}"
+        unique, count = name, 1
+        while unique in self._names:
+            count += 1
+            unique = f"{name}_{count}"
+        self._names.add(unique)
+        return unique
 
     def fuse(self, output: str) -> None:
         """Let BatchNorm do the activation after it, and Linear the addition of its bias."""
@@ -215,7 +231,10 @@ class _Reader:
             if before is not None and uses[source] == 1 and _joined(before.layer, step.layer):
                 self.steps[y] = self.steps.pop(source)
             elif isinstance(step.layer, _Bias):
-                raise step.node.error("a constant can only be added to the result of a MatMul")
+                raise step.node.error(
+                    "B: expected a result, or a bias of a MatMul, "
+                    f"got a constant of shape {step.layer.value.shape}"
+                )
             else:
                 step.layer = _activation_layer(step)
 
@@ -248,7 +267,9 @@ def _joined(layer: Module | _Activation | _Bias | None, after: _Activation | _Bi
     if isinstance(after, _Bias):
         if not isinstance(layer, nn.Linear) or layer.bias is not None:
             return False
-        bias = np.broadcast_to(after.value, (1, layer.out_features))[0]
+        bias = _row(after.value, layer.out_features)
+        if bias is None:
+            return False
         layer.bias = nn.Parameter(bias.astype(layer.dtype), decay=False)
         return True
     if (
@@ -259,6 +280,14 @@ def _joined(layer: Module | _Activation | _Bias | None, after: _Activation | _Bi
         return False
     layer.activation, layer.negative_slope = after.name, after.slope
     return True
+
+
+def _row(value: Array, size: int) -> Array | None:
+    """`value` as what is added to each row of (N, size); None if rows would differ."""
+    if value.shape[:-1] not in ((), (1,)) or value.shape[-1:] not in ((), (1,), (size,)):
+        return None
+    row: Array = np.broadcast_to(value, (1, size))[0]
+    return row
 
 
 def _activation_layer(step: _Step) -> Module:
@@ -290,7 +319,7 @@ def _load_conv(reader: _Reader, node: _Node) -> None:
     )
     layer.weight.data[...] = weight
     if layer.bias is not None:
-        layer.bias.data[...] = node.constant(2, "B")
+        node.fill(layer.bias.data, 2, "B")
     reader.add(node, layer)
 
 
@@ -312,7 +341,10 @@ def _load_linear(reader: _Reader, node: _Node, weight: Array, bias: Array | None
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
     layer.weight.data[...] = weight
     if layer.bias is not None and bias is not None:
-        layer.bias.data[...] = np.broadcast_to(bias, (1, layer.out_features))[0]
+        row = _row(bias, layer.out_features)
+        if row is None:
+            raise node.error(f"C: expected shape ({layer.out_features},), got {bias.shape}")
+        layer.bias.data[...] = row
     reader.add(node, layer)
 
 
@@ -363,10 +395,7 @@ def _load_batch_norm(reader: _Reader, node: _Node) -> None:
     node.expect("spatial", 1)  # of opset 8 and before, as is is_test
     for name in ("is_test", "consumed_inputs", "training_mode"):
         node.attribute(name, 0)
-    weight, bias, mean, var = (
-        node.constant(index, name)
-        for index, name in enumerate(("scale", "B", "input_mean", "input_var"), 1)
-    )
+    weight = node.constant(1, "scale")
     layer = nn.BatchNorm(
         weight.size,
         node.attribute("epsilon", 1e-5),
@@ -376,13 +405,10 @@ def _load_batch_norm(reader: _Reader, node: _Node) -> None:
     )
     assert layer.weight is not None
     assert layer.bias is not None
-    for ours, theirs in (
-        (layer.weight.data, weight),
-        (layer.bias.data, bias),
-        (layer.running_mean, mean),
-        (layer.running_var, var),
-    ):
-        ours[...] = theirs
+    node.fill(layer.weight.data, 1, "scale")
+    node.fill(layer.bias.data, 2, "B")
+    node.fill(layer.running_mean, 3, "input_mean")
+    node.fill(layer.running_var, 4, "input_var")
     reader.statistics.update(node.outputs[1:3])
     reader.add(node, layer, _TURNED, _POOLED)
 
@@ -412,9 +438,9 @@ def _load_pool(reader: _Reader, node: _Node) -> None:
 def _load_global_average(reader: _Reader, node: _Node) -> None:
     keepdims = 1
     if node.op == "ReduceMean":
-        axes = node.constant(1, "axes") if node.has(1) else node.attribute("axes", ())
-        if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
-            raise node.error(f"axes: expected those of height and width, got {list(axes)}")
+        axes = node.integers(1, "axes")
+        if sorted(axis % 4 for axis in axes) != [2, 3]:
+            raise node.error(f"axes: expected those of height and width, got {axes}")
         keepdims = node.attribute("keepdims", 1)
         node.attribute("noop_with_empty_axes", 0)
     reader.add(node, nn.GlobalAvgPool2d())
@@ -429,15 +455,14 @@ def _load_flatten(reader: _Reader, node: _Node) -> None:
     if node.op == "Flatten":
         node.expect("axis", 1)
     elif node.op == "Squeeze":
-        axes = node.constant(1, "axes") if node.has(1) else node.attribute("axes", ())
-        if not pooled or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+        if not pooled or sorted(axis % 4 for axis in node.integers(1, "axes")) != [2, 3]:
             raise node.error("expected height and width after a global average")
     else:
         node.attribute("allowzero", 0)
-        shape = node.constant(1, "shape") if node.has(1) else node.attribute("shape", ())
+        shape = node.integers(1, "shape")
         samples = (-1, 0, reader.batch)  # a batch of unknown size is 0 too
-        if len(shape) != 2 or int(shape[0]) not in samples:
-            raise node.error(f"shape: expected (N, features), got {[int(size) for size in shape]}")
+        if len(shape) != 2 or shape[0] not in samples:
+            raise node.error(f"shape: expected (N, features), got {shape}")
     if pooled:
         reader.view(node, _PLAIN)
     else:
@@ -483,6 +508,8 @@ def _load_clip(reader: _Reader, node: _Node) -> None:
         float(node.constant(index, name).item()) if node.has(index) else node.attribute(name, bound)
         for index, (name, bound) in enumerate((("min", -math.inf), ("max", math.inf)), 1)
     )
+    if high >= np.finfo(np.float32).max:
+        high = math.inf
     if (low, high) not in ((0, 6), (0, math.inf)):
         raise node.error(f"min, max: expected 0 and 6 (relu6) or none, got {low} and {high}")
     reader.add(node, _Activation("relu6" if high == 6 else "relu"), _TURNED, _POOLED)
@@ -544,7 +571,10 @@ def load(model: str | os.PathLike[str] | Any) -> Module:
     ------
     ValueError
         If the file is no valid model, or an operator or an attribute is not supported: the
+            If the file is no valid model, or an operator or an attribute is not supported: the
         message names the node.
+    TypeError
+        If `model` is something else, or weights are neither float32 nor float64.
     FileNotFoundError
     ImportError
         Without the extra ``bnext[onnx]``.
@@ -558,8 +588,9 @@ def load(model: str | os.PathLike[str] | Any) -> Module:
 
     Examples
     --------
+    >>> from bnext import nn, onnx
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.ReLU(), nn.Dropout(0.2))
-    >>> load(export(model, None, (4,)))
+    >>> onnx.load(onnx.export(model, None, (4,)))
     Sequential(
       (0): Linear(4, 3)
       (1): BatchNorm(3, eps=1e-05, momentum=0.1, activation='relu')
