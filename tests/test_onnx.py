@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import sys
 import warnings
 
 import numpy as np
@@ -787,6 +788,13 @@ def test_every_layer_has_a_row():
     kinds = {getattr(nn, name) for name in nn.__all__} - {nn.Module, nn.Parameter}
     assert kinds <= set(_export._EXPORT)
     assert set(F.activations) <= set(_export._ACTIVATIONS)
+
+
+def test_without_onnx_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for call in (lambda: bnext.onnx.export(nn.ReLU(), None, (4,)), lambda: bnext.onnx.load("a")):
+        with pytest.raises(ImportError, match=r'ONNX needs onnx: pip install "bnext\[onnx\]"'):
+            call()
 
 
 def test_export_changes_nothing():

@@ -10,6 +10,7 @@ from bnext import _extras
 
 
 def require(module: str) -> Any:
+    """`module` of onnx or what it needs; ImportError if it is not installed."""
     return _extras.require(module, "reading and writing ONNX", "onnx")
 
 
@@ -37,4 +38,5 @@ def channels_last(rank: int) -> list[int]:
 
 
 def join(path: str, name: str, separator: str) -> str:
+    """The two with `separator` between them, or `name` alone if there is no `path`."""
     return f"{path}{separator}{name}" if path else name

@@ -199,35 +199,42 @@ _ACTIVATIONS: dict[str | None, Callable[[_Writer, str, str, float], str]] = {
 }
 
 
-def _dropped(writer: _Writer, layer: nn.Dropout, path: str, x: str) -> str:
+def _dropout(writer: _Writer, layer: nn.Dropout, path: str, x: str) -> str:
+    return _dropped(writer, layer.p, layer.generator, path, x)
+
+
+def _dropped(
+    writer: _Writer, p: float, generator: random.Generator | None, path: str, x: str
+) -> str:
     """A Dropout node; it does nothing in evaluation, but says what p was."""
-    if layer.p == 1:
+    if p == 1:
         raise ValueError(
             f"onnx.export: {path or 'model'}: p: expected less than 1, as ONNX's Dropout has it"
         )
-    inputs = [x, writer.constant(path, "p", np.array(layer.p, np.float32))]
+    inputs = [x, writer.constant(path, "p", np.array(p, np.float32))]
     if not writer.training:
         return writer.node("Dropout", path, inputs)
     inputs.append(writer.constant(path, "training_mode", np.array(True)))
-    seed = (layer.generator or random.default_generator).state["seed"]
+    seed = (generator or random.default_generator).state["seed"]
     # Another seed for each node: with one for all, equal shapes could get equal masks.
     seed = (seed + len(writer.nodes)) % 2**63
     return writer.node("Dropout", path, inputs, seed=seed)
 
 
-def _dropout2d(writer: _Writer, layer: nn.Dropout2d, path: str, x: str) -> str:
+def _channel_dropout(writer: _Writer, layer: nn.Dropout2d, path: str, x: str) -> str:
     if not writer.training:
         return writer.node("Identity", path, [x])
-    # What is dropped are the factors of the channels, ones (N, C, 1, 1).
-    shape = writer.node("Shape", path, [x], end=2)
-    pixel = writer.constant(path, "pixel", np.ones(2, np.int64))
+    # What is dropped are factors of 1, one for all that falls together.
+    samples = writer.node("Shape", path, [x], end=1)
+    channels, *plane = writer.shapes[x][1:]
+    factors = writer.constant(path, "factors", np.array([channels] + [1] * len(plane), np.int64))
     ones = writer.node(
         "ConstantOfShape",
         path,
-        [writer.node("Concat", path, [shape, pixel], axis=0)],
+        [writer.node("Concat", path, [samples, factors], axis=0)],
         value=writer.onnx.numpy_helper.from_array(np.ones(1, writer.dtype)),
     )
-    return writer.node("Mul", path, [x, _dropped(writer, layer, path, ones)])
+    return writer.node("Mul", path, [x, _dropped(writer, layer.p, layer.generator, path, ones)])
 
 
 def _max_pool(writer: _Writer, layer: nn.MaxPool2d, path: str, x: str) -> str:
@@ -274,8 +281,8 @@ _EXPORT: dict[type[Module], Callable[[_Writer, Any, str, str], str]] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
-    nn.Dropout: _dropped,
-    nn.Dropout2d: _dropout2d,
+    nn.Dropout: _dropout,
+    nn.Dropout2d: _channel_dropout,
     nn.ReLU: lambda writer, layer, path, x: _ACTIVATIONS["relu"](writer, path, x, 0),
     nn.LeakyReLU: lambda writer, layer, path, x: _ACTIVATIONS["leaky_relu"](
         writer, path, x, layer.negative_slope
