@@ -16,6 +16,7 @@ import pytest
 import bnext
 import bnext.nn.batchnorm
 import bnext.nn.dropout
+import bnext.onnx
 from bnext import _core
 from bnext import functional as F
 from cases import BACKENDS, data
@@ -378,7 +379,17 @@ def test_everything_public_is_documented(name):
     assert len(getattr(F, name).__doc__ or "") > 40
 
 
-@pytest.mark.parametrize("module", [bnext, bnext.nn.batchnorm, bnext.nn.dropout])
+@pytest.mark.parametrize(
+    "module",
+    [
+        bnext,
+        bnext.nn.batchnorm,
+        bnext.nn.dropout,
+        bnext.onnx._export,
+        bnext.onnx._graph,
+        bnext.onnx._load,
+    ],
+)
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
 

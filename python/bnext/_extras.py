@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 
-def require(module: str, purpose: str) -> Any:
-    """Import `module`, which ``bnext[train]`` brings.
+def require(module: str, purpose: str, extra: str = "train") -> Any:
+    """Import `module`, which ``bnext[<extra>]`` brings.
 
     Raises
     ------
@@ -18,4 +18,4 @@ def require(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f'{purpose} needs {package}: pip install "bnext[train]"') from error
+        raise ImportError(f'{purpose} needs {package}: pip install "bnext[{extra}]"') from error
