@@ -112,6 +112,12 @@ class MaskBits {
                                              const std::int32_t* bits) const {
     return load_integers<T>(bits) < high ? decltype(v){} : v;
   }
+  template <class T>
+  BNEXT_INLINE typename Native<T>::type keep_or(typename Native<T>::type v,
+                                                typename Native<T>::type dropped,
+                                                const std::int32_t* bits) const {
+    return load_integers<T>(bits) < high ? dropped : v;
+  }
 
   // The bits of the batch that `element` is in.
   BNEXT_INLINE const std::int32_t* of(std::int64_t element) {
@@ -141,6 +147,61 @@ class MaskBits {
   alignas(64) std::int32_t bits_[batch + lanes];  // room for a whole vector at the end
 };
 
+// The bits of elements that share them.
+class SharedBits {
+ public:
+  explicit SharedBits(const MaskMap& map) : map_(map) {}
+
+  // Those of `count` elements, up to a batch, from `first` on.
+  const std::int32_t* of(MaskBits& mask, std::int64_t first, std::int64_t count) {
+    const std::int64_t size = map_.repeats * map_.units * map_.run;
+    std::int64_t sample = first / size, begin = first % size;
+    for (std::int64_t k = 0; k < count; ++sample, begin = 0) {
+      const std::int64_t n = count - k < size - begin ? count - k : size - begin;
+      fill(mask, sample, begin, n, bits_ + k);
+      k += n;
+    }
+    return bits_;
+  }
+
+ private:
+  // Elements [begin, begin + count) of a sample.
+  void fill(MaskBits& mask, std::int64_t sample, std::int64_t begin, std::int64_t count,
+            std::int32_t* to) const {
+    const std::int64_t period = map_.units * map_.run;
+    const std::int64_t once = count < period ? count : period;
+    std::int64_t unit = begin % period / map_.run, run = map_.run - begin % map_.run;
+    for (std::int64_t k = 0; k < once;) {
+      if (unit == map_.units) unit = 0;
+      const std::int64_t number = sample * map_.units + unit;
+      const std::int64_t place = number % MaskBits::batch;
+      const std::int32_t* const bits = mask.of(number) + place;
+      std::int64_t n = once - k;
+      if (map_.run == 1) {
+        if (n > map_.units - unit) n = map_.units - unit;
+        if (n > MaskBits::batch - place) n = MaskBits::batch - place;
+        __builtin_memcpy(to + k, bits, static_cast<std::size_t>(n) * sizeof *to);
+        unit += n;
+      } else {
+        if (n > run) n = run;
+        for (std::int64_t i = 0; i < n; ++i) to[k + i] = *bits;
+        ++unit;
+        run = map_.run;
+      }
+      k += n;
+    }
+    // What follows repeats it.
+    for (std::int64_t k = once; k < count;) {
+      const std::int64_t n = count - k < k ? count - k : k;
+      __builtin_memcpy(to + k, to, static_cast<std::size_t>(n) * sizeof *to);
+      k += n;
+    }
+  }
+
+  MaskMap map_;
+  alignas(64) std::int32_t bits_[MaskBits::batch + lanes];
+};
+
 template <class T>
 void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
              bool streaming) {
@@ -149,20 +210,31 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
   const auto scale = static_cast<T>(a.draw.scale);
   const std::int64_t end =
       last_span * MaskLayout::span < a.size ? last_span * MaskLayout::span : a.size;
+  const auto shift = static_cast<T>(a.shift), dropped = static_cast<T>(a.dropped);
   MaskBits mask(a.draw);
+  SharedBits shared(a.map);
   // Elements are asked for in bursts, between which the processor alone would not fetch any.
   const Ahead<T> ahead{x + a.size, x};
 
   for (std::int64_t begin = first_span * MaskLayout::span; begin < end; begin += MaskBits::batch) {
     const std::int64_t count = end - begin < MaskBits::batch ? end - begin : MaskBits::batch;
-    const std::int32_t* const bits = mask.of(begin);
+    const std::int32_t* const bits =
+        a.map.shares() ? shared.of(mask, begin, count) : mask.of(begin);
     const T* from = x + begin;
-    write<1>(
-        y + begin, 0, count, streaming, no_shared_line<T>, [](auto) { return 0; },
-        [&](int, auto at, int) __attribute__((always_inline)) {
-          return mask.template keep<T>(at(from) * scale, bits + at.i);
-        },
-        [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
+    const auto write_values = [&](auto value) __attribute__((always_inline)) {
+      write<1>(
+          y + begin, 0, count, streaming, no_shared_line<T>, [](auto) { return 0; }, value,
+          [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
+    };
+    if (dropped != 0)
+      write_values([&](int, auto at, int) __attribute__((always_inline)) {
+        const auto v = at(from) * scale + shift;
+        return mask.template keep_or<T>(v, dropped - decltype(v){}, bits + at.i);
+      });
+    else
+      write_values([&](int, auto at, int) __attribute__((always_inline)) {
+        return mask.template keep<T>(at(from) * scale, bits + at.i);
+      });
   }
 }
 
