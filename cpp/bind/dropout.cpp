@@ -112,9 +112,9 @@ py::tuple prepare(const std::string& operation, const std::string& argument, py:
   return py::make_tuple(from, to);
 }
 
-py::tuple draw(const std::string& operation, py::handle generator) {
+py::tuple draw(const std::string& operation, py::handle generator, bool advance) {
   const auto source = generator_of(operation.c_str(), generator);
-  const std::uint64_t offset = source->next();
+  const std::uint64_t offset = advance ? source->next() : source->offset();
   return py::make_tuple(source->seed(), offset);
 }
 
@@ -284,6 +284,7 @@ True)");
 
   m.def("prepare", prepare, py::arg("operation"), py::arg("argument"), py::arg("x"), py::arg("out"),
         "(x, y) as the core takes them: arrays of a known dtype, checked");
-  m.def("draw", draw, py::arg("operation"), py::arg("generator"),
-        "(seed, offset) of the next call of a generator, or of the default one");
+  m.def(
+      "draw", draw, py::arg("operation"), py::arg("generator"), py::arg("advance"),
+      "(seed, offset) of the next call of a generator, or of the default one; `advance` takes it");
 }

@@ -22,6 +22,7 @@ from bnext._core import (
     set_num_threads,
 )
 from bnext.random import Generator, manual_seed
+from bnext.uncertainty import mc_dropout
 
 __all__ = [
     "Generator",
@@ -30,6 +31,7 @@ __all__ = [
     "functional",
     "get_num_threads",
     "manual_seed",
+    "mc_dropout",
     "nn",
     "set_buffer_limit",
     "set_num_threads",
