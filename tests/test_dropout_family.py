@@ -593,16 +593,32 @@ def test_gaussian_noise_is_normal(p):
     root = math.sqrt(z.size)
     for moment, value, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((z**moment).mean() - value) < 5 * math.sqrt(variance) / root
-    for distance in (1, 64, 1 << 16):
+    for distance in (1, 64, 128, 256):
         assert abs((z[distance:] * z[:-distance]).mean()) < 5 / math.sqrt(z.size - distance)
 
 
-def test_gaussian_noise_of_an_element_does_not_depend_on_the_size():
-    whole = F.gaussian_dropout_noise(3, 1, (200_000,), 0.5)
-    for size in (1, 1000, 65_536, 65_537, 131_072):
-        assert np.array_equal(F.gaussian_dropout_noise(3, 1, (size,), 0.5), whole[:size])
-    assert not np.array_equal(whole[:1000], whole[65_536:66_536])
+@pytest.mark.parametrize("seed", [0, 3, 2**64 - 1])
+@pytest.mark.parametrize("offset", [0, 2**64 - 1])
+def test_gaussian_noise_is_the_definition(seed, offset):
+    noise = F.gaussian_dropout_noise(seed, offset, (60_001,), 0.5)
+    # Where the radius is small, float32 leaves it a resolution of 2e-5.
+    np.testing.assert_allclose(
+        noise, reference.gaussian_noise(noise.size, 0.5, seed, offset), rtol=1e-6, atol=2e-5
+    )
+
+
+def test_gaussian_noise_of_a_part(restore_threads):
+    whole = F.gaussian_dropout_noise(3, 1, (100_000,), 0.4)
+    for threads in (1, 3):
+        bnext.set_num_threads(threads)
+        for first in (0, 1, 255, 256, 50_001):
+            for count in (0, 1, 300, 49_000):
+                part = F.gaussian_dropout_noise(3, 1, (count,), 0.4, first=first)
+                assert np.array_equal(part, whole[first : first + count])
     assert F.gaussian_dropout_noise(3, 1, (), 0.5).shape == ()
+    assert (F.gaussian_dropout_noise(3, 1, (2, 3), 0) == 1).all()
+    with pytest.raises(ValueError, match=r"gaussian_dropout_noise: shape: .* got \(-1,\)"):
+        F.gaussian_dropout_noise(3, 1, (-1,), 0.5)
 
 
 # -- DropBlock -------------------------------------------------------------------------------------

@@ -81,9 +81,10 @@ py::array backward(py::handle grad_y, py::handle saved, py::handle out) {
   return grad_x;
 }
 
-py::array mask(py::handle seed, py::handle offset, py::handle shape, py::handle p,
-               std::int64_t first) {
-  constexpr const char* operation = "dropout_mask";
+// A new array that make(p, draw, count, memory) fills.
+template <class T, class Make>
+py::array_t<T> filled(const char* operation, py::handle seed, py::handle offset, py::handle shape,
+                      py::handle p, Make make) {
   const DropoutDraw source{word(operation, "seed", seed), word(operation, "offset", offset)};
   const double probability = number(operation, "p", p);
   const Shape extents = shape_argument(operation, "shape", shape);
@@ -94,11 +95,29 @@ py::array mask(py::handle seed, py::handle offset, py::handle shape, py::handle 
                             to_string(extents));
     count *= extent;
   }
-  const py::array_t<bool> kept(extents);
-  auto* const to = reinterpret_cast<std::uint8_t*>(const_cast<bool*>(kept.data()));
+  py::array_t<T> array(extents);
+  T* const to = array.mutable_data();
   const py::gil_scoped_release release;
-  dropout_mask(probability, source, first, count, to);
-  return kept;
+  make(probability, source, count, to);
+  return array;
+}
+
+py::array mask(py::handle seed, py::handle offset, py::handle shape, py::handle p,
+               std::int64_t first) {
+  return filled<bool>(
+      "dropout_mask", seed, offset, shape, p,
+      [&](double probability, const DropoutDraw& source, std::int64_t count, bool* to) {
+        dropout_mask(probability, source, first, count, reinterpret_cast<std::uint8_t*>(to));
+      });
+}
+
+py::array gaussian_noise(py::handle seed, py::handle offset, py::handle shape, py::handle p,
+                         std::int64_t first) {
+  return filled<float>(
+      "gaussian_dropout_noise", seed, offset, shape, p,
+      [&](double probability, const DropoutDraw& source, std::int64_t count, float* to) {
+        gaussian_dropout_noise(probability, source, first, count, to);
+      });
 }
 
 // What operations that are written in Python do at the border: see input, output and Check.
@@ -281,6 +300,44 @@ Examples
 >>> kept = bnext.functional.dropout_mask(saved.seed, saved.offset, x.shape, saved.p)
 >>> bool(np.array_equal(y, np.where(kept, x / (1 - saved.p), 0)))
 True)");
+
+  m.def("gaussian_dropout_noise", gaussian_noise, py::arg("seed"), py::arg("offset"),
+        py::arg("shape"), py::arg("p"), py::kw_only(), py::arg("first") = 0,
+        R"(The factors of `gaussian_dropout_forward`, from N(1, p / (1 - p)).
+
+Parameters
+----------
+seed, offset : int
+    As `GaussianDropoutSaved` has them.
+shape : tuple of int
+    Of x, or its `mask_shape`.
+p : float
+    In [0, 1).
+first : int, default 0
+    Number in C order of the first element, for a part of a larger array.
+
+Returns
+-------
+noise : ndarray of float32
+    That of an element follows from (seed, offset), its number and p alone.
+
+Raises
+------
+ValueError
+    If `p` is outside [0, 1) or an extent is negative.
+TypeError
+    For other kinds of arguments.
+
+References
+----------
+Box & Muller, "A note on the generation of random normal deviates", 1958.
+
+Examples
+--------
+>>> from bnext import functional as F
+>>> noise = F.gaussian_dropout_noise(0, 0, (100_000,), 0.2)
+>>> bool(abs(noise.mean() - 1) < 0.01), bool(abs(noise.var() - 0.25) < 0.01)
+(True, True))");
 
   m.def("prepare", prepare, py::arg("operation"), py::arg("argument"), py::arg("x"), py::arg("out"),
         "(x, y) as the core takes them: arrays of a known dtype, checked");

@@ -298,31 +298,36 @@ void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::in
   constexpr std::int64_t spans_per_task = 64, span = MaskLayout::span;
   const std::int64_t end = first + count, first_span = first / span;
   const std::int64_t spans = (end + span - 1) / span - first_span;
-  const auto threshold = static_cast<std::uint32_t>(mask_draw(p, draw).threshold >> 16);
-  const auto rest = static_cast<std::uint32_t>(mask_draw(p, draw).threshold & 0xFFFFu);
+  const std::uint64_t threshold = mask_draw(p, draw).threshold;
+  const auto upper = static_cast<std::uint32_t>(threshold >> 16);
+  const auto lower = static_cast<std::uint32_t>(threshold & 0xFFFFu);
+  const std::uint32_t least = upper + (lower > 0 ? 1 : 0);
   parallel_for((spans + spans_per_task - 1) / spans_per_task, count, [&](std::int64_t task) {
     const std::int64_t begin = first_span + task * spans_per_task;
     const std::int64_t stop = std::min(begin + spans_per_task, first_span + spans);
     for (std::int64_t number = begin; number < stop; ++number) {
-      std::uint32_t bits[MaskLayout::span];
-      for (int lane = 0; lane < MaskLayout::lanes; ++lane) {
-        const PhiloxBlock block =
-            mask_block(draw.seed, draw.offset,
-                       static_cast<std::uint64_t>(number * MaskLayout::lanes + lane), false);
-        for (int word = 0; word < 4; ++word) {
-          bits[word * MaskLayout::lanes + lane] = block.word[word] & 0xFFFFu;
-          bits[span / 2 + word * MaskLayout::lanes + lane] = block.word[word] >> 16;
-        }
+      constexpr int lanes = MaskLayout::lanes;
+      std::uint32_t words[4][lanes], bits[span];
+      mask_blocks(draw.seed, draw.offset, static_cast<std::uint64_t>(number) * lanes, words);
+      for (int e = 0; e < span / 2; ++e) {
+        const std::uint32_t word = words[e / lanes][e % lanes];
+        bits[e] = word & 0xFFFFu;
+        bits[span / 2 + e] = word >> 16;
       }
-      const std::int64_t last = std::min(end, (number + 1) * span);
-      for (std::int64_t i = std::max(first, number * span); i < last; ++i) {
-        const std::uint32_t upper = bits[i % span];
-        // Where the upper bits are those of the threshold, the second draw decides.
-        kept[i - first] = upper > threshold ||
-                          (upper == threshold &&
-                           (rest == 0 || mask_half(draw.seed, draw.offset,
-                                                   static_cast<std::uint64_t>(i), true) >= rest));
+      const std::int64_t begun = std::max(first, number * span) - number * span;
+      const std::int64_t ended = std::min(end, (number + 1) * span) - number * span;
+      std::uint8_t* const to = kept + (number * span - first);
+      bool tie = false;
+      for (std::int64_t e = begun; e < ended; ++e) {
+        to[e] = bits[e] >= least;
+        tie |= bits[e] == upper;
       }
+      if (!tie || lower == 0) continue;
+      // Where the upper bits are those of the threshold, the second draw decides.
+      for (std::int64_t e = begun; e < ended; ++e)
+        if (bits[e] == upper)
+          to[e] = mask_half(draw.seed, draw.offset, static_cast<std::uint64_t>(number * span + e),
+                            true) >= lower;
     }
   });
 }

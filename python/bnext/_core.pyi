@@ -119,6 +119,9 @@ def dropout_backward(
 def dropout_mask(
     seed: SupportsIndex, offset: SupportsIndex, shape: tuple[int, ...], p: float, *, first: int = 0
 ) -> npt.NDArray[np.bool_]: ...
+def gaussian_dropout_noise(
+    seed: SupportsIndex, offset: SupportsIndex, shape: tuple[int, ...], p: float, *, first: int = 0
+) -> npt.NDArray[np.float32]: ...
 def prepare(
     operation: str, argument: str, x: npt.ArrayLike, out: _Array | None
 ) -> tuple[_Array, _Array]: ...

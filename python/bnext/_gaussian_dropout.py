@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bnext import _core
-from bnext._core import Generator
+from bnext._core import Generator, gaussian_dropout_noise
 from bnext._pieces import each_piece, gradient, probability
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
-
-# Elements whose multipliers come from one sequence of random numbers.
-_SEQUENCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -29,43 +25,6 @@ class GaussianDropoutSaved:
     offset: int
     shape: Shape
     mask_shape: Shape
-
-
-def gaussian_dropout_noise(
-    seed: int, offset: int, shape: Shape, p: float
-) -> npt.NDArray[np.float32]:
-    """The factors of `gaussian_dropout_forward`, from N(1, p / (1 - p)).
-
-    Parameters
-    ----------
-    seed, offset : int
-        As `GaussianDropoutSaved` has them.
-    shape : tuple of int
-        Of x, or its `mask_shape`.
-    p : float
-        In [0, 1).
-
-    Returns
-    -------
-    noise : ndarray of float32
-
-    Examples
-    --------
-    >>> from bnext import functional as F
-    >>> noise = F.gaussian_dropout_noise(0, 0, (100_000,), 0.2)
-    >>> bool(abs(noise.mean() - 1) < 0.01), bool(abs(noise.var() - 0.25) < 0.01)
-    (True, True)
-    """
-    operation = "gaussian_dropout_noise"
-    p = _gaussian_probability(operation, p)
-    noise = np.empty(shape, np.float32)
-    flat = noise.reshape(-1)
-
-    def task(part: slice) -> None:
-        flat[part] = _noise(seed, offset, part, p)
-
-    each_piece(task, flat.size, 1, piece=_SEQUENCE)
-    return noise
 
 
 def gaussian_dropout_forward(
@@ -107,9 +66,8 @@ def gaussian_dropout_forward(
 
     Notes
     -----
-    Normal numbers are drawn in float32 by `numpy.random.Philox`, with the key (seed, offset) and
-    the number of the block of 65,536 elements as counter: the same for any number of threads and
-    any dtype, as long as NumPy keeps its method.
+    The factor of element i in C order follows from (seed, offset), i and `p` alone, and is computed
+    in float32 for every dtype: it depends neither on threads nor on the processor.
 
     References
     ----------
@@ -168,18 +126,6 @@ def gaussian_dropout_backward(
     return grad_x
 
 
-def _noise(seed: int, offset: int, part: slice, p: float) -> npt.NDArray[np.float32]:
-    """The factors of some elements, from the start of a sequence on."""
-    counter = np.array([0, 0, 0, part.start // _SEQUENCE], np.uint64)
-    bits = np.random.Philox(key=np.array([seed, offset], np.uint64), counter=counter)
-    noise: npt.NDArray[np.float32] = np.random.Generator(bits).standard_normal(
-        part.stop - part.start, np.float32
-    )
-    noise *= np.float32(math.sqrt(p / (1 - p)))
-    noise += np.float32(1)
-    return noise
-
-
 def _multiply_noise(x: Array, saved: GaussianDropoutSaved, y: Array) -> None:
     if saved.p == 0 or x.size == 0:
         np.copyto(y, x)
@@ -191,10 +137,12 @@ def _multiply_noise(x: Array, saved: GaussianDropoutSaved, y: Array) -> None:
     flat_x, flat_y = x.reshape(-1), y.reshape(-1)
 
     def task(part: slice) -> None:
-        noise = _noise(saved.seed, saved.offset, part, saved.p)
+        noise = gaussian_dropout_noise(
+            saved.seed, saved.offset, (part.stop - part.start,), saved.p, first=part.start
+        )
         np.multiply(flat_x[part], noise, out=flat_y[part], casting="unsafe")
 
-    each_piece(task, flat_x.size, 1, piece=_SEQUENCE)
+    each_piece(task, flat_x.size, 1)
 
 
 def _gaussian_probability(operation: str, p: float) -> float:

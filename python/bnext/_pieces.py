@@ -45,14 +45,12 @@ def factor(value: float, dtype: np.dtype[Any]) -> Array:
     return np.full(1, value, np.float64 if dtype == np.float64 else np.float32)
 
 
-def each_piece(
-    task: Callable[[slice], None], count: int, size: int, *, piece: int | None = None
-) -> None:
+def each_piece(task: Callable[[slice], None], count: int, size: int) -> None:
     """Call `task` for slices of `count` items of `size` elements, on several threads.
 
     The slices follow from the arguments alone, and fit into the cache of a core.
     """
-    piece = max(1, _PIECE // max(1, size)) if piece is None else piece
+    piece = max(1, _PIECE // max(1, size))
     parts = [slice(i, min(i + piece, count)) for i in range(0, count, piece)]
 
     def call(i: int) -> None:

@@ -12,6 +12,7 @@ from bnext._core import (
     dropout_backward,
     dropout_forward,
     dropout_mask,
+    gaussian_dropout_noise,
 )
 from bnext._drop_block import (
     DropBlock2dSaved,
@@ -34,7 +35,6 @@ from bnext._gaussian_dropout import (
     GaussianDropoutSaved,
     gaussian_dropout_backward,
     gaussian_dropout_forward,
-    gaussian_dropout_noise,
 )
 
 mask = dropout_mask

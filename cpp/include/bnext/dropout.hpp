@@ -56,4 +56,8 @@ void dropout_backward(const DropoutBackward& args);
 void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::int64_t count,
                   std::uint8_t* kept);
 
+// Gaussian dropout multiplies element i by noise[i - first], from N(1, p / (1 - p)); p in [0, 1).
+void gaussian_dropout_noise(double p, const DropoutDraw& draw, std::int64_t first,
+                            std::int64_t count, float* noise);
+
 }  // namespace bnext
