@@ -73,6 +73,7 @@ def test_broadcast_mask(backend, shape, mask_shape, dtype):
         y, saved = F.dropout_forward(x, p, mask_shape=mask_shape, generator=bnext.Generator(3))
         bits = reference.dropout_bits(math.prod(mask_shape), 3, 0).reshape(mask_shape)
         kept = bits >= np.uint64(round(p * 2**32))
+        assert saved.mask_shape == mask_shape
         assert np.array_equal(F.dropout_mask(saved.seed, saved.offset, mask_shape, p), kept)
         expected = np.where(kept, x * scale_of(p, dtype), 0)
         assert np.array_equal(y, expected)

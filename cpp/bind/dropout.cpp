@@ -1,5 +1,7 @@
 #include "bnext/dropout.hpp"
 
+#include <pybind11/stl.h>
+
 #include "bind/arrays.hpp"
 #include "bind/random.hpp"
 #include "core/check.hpp"
@@ -144,10 +146,22 @@ void bind_dropout(pybind11::module_& m) {
   namespace py = pybind11;
   using namespace bnext::bind;
   py::class_<DropoutSaved>(m, "DropoutSaved",
-                           "What `dropout_backward` needs: p and where the mask was drawn.")
+                           R"(What `dropout_backward` needs: p and where the mask was drawn.
+
+Attributes
+----------
+p : float
+seed, offset : int
+mask_shape : tuple of int
+    ``dropout_mask(seed, offset, mask_shape, p)`` is the mask.)")
       .def_readonly("p", &DropoutSaved::p)
       .def_property_readonly("seed", [](const DropoutSaved& s) { return s.draw.seed; })
       .def_property_readonly("offset", [](const DropoutSaved& s) { return s.draw.offset; })
+      .def_property_readonly(
+          "mask_shape",
+          [](const DropoutSaved& s) {
+            return py::tuple(py::cast(s.mask_shape.empty() ? s.shape : s.mask_shape));
+          })
       .def("__repr__", [](const DropoutSaved& s) {
         return "DropoutSaved(p=" + py::repr(py::float_(s.p)).cast<std::string>() +
                ", seed=" + std::to_string(s.draw.seed) +
@@ -177,7 +191,7 @@ Returns
 -------
 y : ndarray, like x
 saved : DropoutSaved
-    For `dropout_backward`: ``p``, ``seed``, ``offset``; `dropout_mask` shows the mask.
+    For `dropout_backward`: ``p``, ``seed``, ``offset``, ``mask_shape``.
 
 Raises
 ------

@@ -33,8 +33,8 @@ struct DropoutDraw {
 struct DropoutForward {
   Array x;
   double p = 0.5;
-  Array y;           // out, like x
-  Shape mask_shape;  // optional: that of x
+  Array y;                // out, like x
+  Shape mask_shape = {};  // optional: that of x
   bool alpha = false;
 };
 // Takes the generator's next offset, unless p is 0, and says which it was.
@@ -44,10 +44,10 @@ DropoutDraw dropout_forward(const DropoutForward& args, Generator& generator);
 // it.
 struct DropoutBackward {
   Array grad_y;
-  double p = 0.5;    // as in forward
-  DropoutDraw draw;  // from forward
-  Array grad_x;      // out, like grad_y
-  Shape mask_shape;  // as in forward
+  double p = 0.5;         // as in forward
+  DropoutDraw draw;       // from forward
+  Array grad_x;           // out, like grad_y
+  Shape mask_shape = {};  // as in forward
   bool alpha = false;
 };
 void dropout_backward(const DropoutBackward& args);
