@@ -150,3 +150,42 @@ def dropout(x, p, seed, offset):
     keep = dropout_bits(x.size, seed, offset) >= np.uint64(round(p * 2**32))
     scale = x.dtype.type(1 / (1 - p))
     return np.where(keep.reshape(x.shape), x * scale, x.dtype.type(0))
+
+
+def gaussian_noise(size, p, seed, offset):
+    """1 + sqrt(p / (1 - p)) z with z by Box and Muller (1958), as cpp/core/gaussian.cpp does."""
+    span, e = np.divmod(np.arange(size, dtype=np.uint64), np.uint64(256))
+    word, lane = np.divmod(e, np.uint64(64))
+    block = span * np.uint64(64) + lane
+    low, high = np.full_like(block, offset & 0xFFFFFFFF), np.full_like(block, offset >> 32)
+    counter = (block & np.uint64(0xFFFFFFFF), block >> np.uint64(32), low, high)
+    words = np.stack(philox4x32_10(counter, (seed & 0xFFFFFFFF, seed >> 32))).astype(np.float64)
+    second = word % np.uint64(2) == 1
+    pair = np.where(word < 2, 0, 2)[None]
+    u = (np.take_along_axis(words, pair, 0)[0] + 0.5) / 2**32
+    angle = 2 * np.pi * np.take_along_axis(words, pair + 1, 0)[0] / 2**32
+    z = np.sqrt(-2 * np.log(u)) * np.where(second, np.sin(angle), np.cos(angle))
+    return 1 + np.sqrt(p / (1 - p)) * z
+
+
+def alpha_dropout(x, kept, p):
+    """Klambauer et al. (2017), section 2.4, for a given mask."""
+    saturation = -1.6732632423543772848170429916717 * 1.0507009873554804934193349852946
+    x, kept = x.astype(Wide), kept.astype(Wide)
+    if p == 1:
+        return np.zeros_like(x)
+    a = 1 / np.sqrt((1 - p) + saturation**2 * p * (1 - p))
+    return a * (x * kept + saturation * (1 - kept)) - a * p * saturation
+
+
+def drop_block2d_kept(shape, p, block_size, seed, offset):
+    """Ghiasi et al. (2018): True where no block lies over the element."""
+    n, c, height, width = shape
+    block = min(block_size, height, width)
+    rows, columns = height - block + 1, width - block + 1
+    rate = 1 if p == 1 else min(1, p * height * width / (block**2 * rows * columns))
+    bits = dropout_bits(n * c * rows * columns, seed, offset).reshape(n, c, rows, columns)
+    kept = np.ones(shape, bool)
+    for i, j, k, m in zip(*np.nonzero(bits < np.uint64(round(rate * 2**32))), strict=True):
+        kept[i, j, k : k + block, m : m + block] = False
+    return kept

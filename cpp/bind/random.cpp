@@ -11,23 +11,6 @@
 namespace bnext::bind {
 namespace {
 
-// An unsigned 64-bit integer; bool is none.
-std::uint64_t word(const char* argument, py::handle object) {
-  const std::string where = std::string("Generator: ") + argument + ": ";
-  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
-  if (!index || PyBool_Check(object.ptr())) {
-    PyErr_Clear();
-    throw py::type_error(where + "expected an integer, got " + type_name(object));
-  }
-  const unsigned long long value = PyLong_AsUnsignedLongLong(index.ptr());
-  if (PyErr_Occurred()) {
-    PyErr_Clear();
-    throw py::value_error(where + "expected 0 <= " + argument + " < 2**64, got " +
-                          py::str(index).cast<std::string>());
-  }
-  return value;
-}
-
 py::dict get_state(const Generator& generator) {
   py::dict state;
   state["seed"] = generator.seed();
@@ -42,11 +25,27 @@ void set_state(Generator& generator, const py::object& state) {
   if (dict.size() != 2 || !dict.contains("seed") || !dict.contains("offset"))
     throw py::value_error("Generator: state: expected the keys 'seed' and 'offset', got " +
                           py::repr(dict).cast<std::string>());
-  const std::uint64_t seed = word("seed", dict["seed"]);
-  generator.set(seed, word("offset", dict["offset"]));
+  const std::uint64_t seed = word("Generator", "seed", dict["seed"]);
+  generator.set(seed, word("Generator", "offset", dict["offset"]));
 }
 
 }  // namespace
+
+std::uint64_t word(const char* operation, const char* argument, py::handle object) {
+  const std::string where = std::string(operation) + ": " + argument + ": ";
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
+  if (!index || PyBool_Check(object.ptr())) {
+    PyErr_Clear();
+    throw py::type_error(where + "expected an integer, got " + type_name(object));
+  }
+  const unsigned long long value = PyLong_AsUnsignedLongLong(index.ptr());
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    throw py::value_error(where + "expected 0 <= " + argument + " < 2**64, got " +
+                          py::str(index).cast<std::string>());
+  }
+  return value;
+}
 
 std::shared_ptr<Generator> generator_of(const char* operation, py::handle object) {
   if (object.is_none())
@@ -84,9 +83,10 @@ Notes
 Each call of an operation takes one offset, whatever the size of its array, and the bits of
 element i follow from (seed, offset, i) alone. Threads may share a generator: no two calls get
 the same offset.)")
-      .def(
-          py::init([](py::handle seed) { return std::make_shared<Generator>(word("seed", seed)); }),
-          py::arg("seed"))
+      .def(py::init([](py::handle seed) {
+             return std::make_shared<Generator>(word("Generator", "seed", seed));
+           }),
+           py::arg("seed"))
       .def_property("state", get_state, set_state)
       .def("__repr__",
            [](const Generator& generator) {

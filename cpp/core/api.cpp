@@ -9,6 +9,7 @@
 #include "core/dispatch.hpp"
 #include "core/math.hpp"
 #include "core/philox.hpp"
+#include "cpu/parallel.hpp"
 
 namespace bnext {
 namespace {
@@ -42,12 +43,41 @@ void check_probability(const Check& check, const char* name, double p) {
     check.fail(name, "expected a probability in [0, 1], got " + to_string(p));
 }
 
-void check_dropout(const Check& check, const char* in_name, const Array& in, double p,
-                   const Array& out) {
+// How `mask`, broadcast to `x`, is shared: the last axes are a run, those before them units, and so
+// on. Axes of extent 1 belong to their neighbours.
+MaskMap mask_map(const Check& check, const Shape& x, const Shape& mask) {
+  MaskMap map{1, 1, 1};
+  if (mask.empty()) return map;
+  bool fits = mask.size() == x.size();
+  int group = 0;  // run, units, repeats, samples
+  for (std::size_t axis = x.size(); fits && axis-- > 0;) {
+    const bool shared = mask[axis] == 1;
+    fits = shared || mask[axis] == x[axis];
+    if (x[axis] == 1) continue;
+    if (shared == (group % 2 == 1)) ++group;
+    if (group == 0) map.run *= x[axis];
+    if (group == 1) map.units *= x[axis];
+    if (group == 2) map.repeats *= x[axis];
+    fits = fits && group <= 3;
+  }
+  if (!fits)
+    check.fail("mask_shape", "expected the extents of x, " + to_string(x) +
+                                 ", or 1 for those that share bits, in at most two groups of "
+                                 "neighbours, got " +
+                                 to_string(mask));
+  return map;
+}
+
+MaskMap check_dropout(const Check& check, const char* in_name, const Array& in, double p,
+                      const Array& out, const Shape& mask_shape) {
   check_probability(check, "p", p);
   check.same_kind(in_name, in, in);
   check.same_kind("out", out, in);
   check.no_overlap("out", out, in_name, in, true);
+  MaskMap map = mask_map(check, in.shape, mask_shape);
+  // Without repeats, units are numbered through all samples.
+  if (map.repeats == 1 && map.run > 0) map.units = in.size() / map.run;
+  return map;
 }
 
 MaskDraw mask_draw(double p, const DropoutDraw& draw) {
@@ -55,14 +85,33 @@ MaskDraw mask_draw(double p, const DropoutDraw& draw) {
           draw.seed, draw.offset};
 }
 
-// Forward and backward are the same product with the same mask.
-void run_dropout(const Array& in, double p, const DropoutDraw& draw, const Array& out) {
+// y = scale x + shift where an element is kept, `dropped` elsewhere.
+struct DropoutValues {
+  double scale, shift, dropped;
+};
+
+DropoutValues alpha_values(double p) {
+  if (p == 1) return {0, 0, 0};                       // the limit of `dropped`
+  constexpr double saturation = -1.7580993408473766;  // of SELU: -1.0507... times 1.6732...
+  const double scale = 1 / std::sqrt((1 - p) * (1 + p * saturation * saturation));
+  return {scale, -scale * p * saturation, scale * saturation * (1 - p)};
+}
+
+// Forward and backward are the same product with the same mask; alpha's forward adds constants.
+void run_dropout(const Array& in, double p, const DropoutDraw& draw, const Array& out,
+                 const MaskMap& map, bool alpha, bool backward) {
   if (in.size() == 0) return;
   if (p == 0) {
     if (out.data != in.data) std::memcpy(out.data, in.data, static_cast<std::size_t>(in.bytes()));
     return;
   }
-  current_backend().dropout[row(in.dtype)]({in.size(), in.data, mask_draw(p, draw), out.data});
+  MaskDraw mask = mask_draw(p, draw);
+  DropoutValues values{mask.scale, 0, 0};
+  if (alpha) values = alpha_values(p);
+  if (backward) values.shift = values.dropped = 0;
+  mask.scale = values.scale;
+  current_backend().dropout[row(in.dtype)](
+      {in.size(), in.data, mask, out.data, map, values.shift, values.dropped});
 }
 
 // A residual, the bits of a gated activation and dropout, for batch_norm_*.
@@ -232,16 +281,59 @@ void batch_norm_inference(const BatchNormInference& a) {
 }
 
 DropoutDraw dropout_forward(const DropoutForward& a, Generator& generator) {
-  check_dropout(Check("dropout_forward"), "x", a.x, a.p, a.y);
+  const MaskMap map = check_dropout(Check("dropout_forward"), "x", a.x, a.p, a.y, a.mask_shape);
   const std::uint64_t offset = a.p == 0 ? generator.offset() : generator.next();
   const DropoutDraw draw{generator.seed(), offset};
-  run_dropout(a.x, a.p, draw, a.y);
+  run_dropout(a.x, a.p, draw, a.y, map, a.alpha, false);
   return draw;
 }
 
 void dropout_backward(const DropoutBackward& a) {
-  check_dropout(Check("dropout_backward"), "grad_y", a.grad_y, a.p, a.grad_x);
-  run_dropout(a.grad_y, a.p, a.draw, a.grad_x);
+  const MaskMap map =
+      check_dropout(Check("dropout_backward"), "grad_y", a.grad_y, a.p, a.grad_x, a.mask_shape);
+  run_dropout(a.grad_y, a.p, a.draw, a.grad_x, map, a.alpha, true);
+}
+
+void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::int64_t count,
+                  std::uint8_t* kept) {
+  const Check check("dropout_mask");
+  check_probability(check, "p", p);
+  if (first < 0 || count < 0) check.fail("shape", "expected no negative extent");
+  constexpr std::int64_t spans_per_task = 64, span = MaskLayout::span;
+  const std::int64_t end = first + count, first_span = first / span;
+  const std::int64_t spans = (end + span - 1) / span - first_span;
+  const std::uint64_t threshold = mask_draw(p, draw).threshold;
+  const auto upper = static_cast<std::uint32_t>(threshold >> 16);
+  const auto lower = static_cast<std::uint32_t>(threshold & 0xFFFFu);
+  const std::uint32_t least = upper + (lower > 0 ? 1 : 0);
+  parallel_for((spans + spans_per_task - 1) / spans_per_task, count, [&](std::int64_t task) {
+    const std::int64_t begin = first_span + task * spans_per_task;
+    const std::int64_t stop = std::min(begin + spans_per_task, first_span + spans);
+    for (std::int64_t number = begin; number < stop; ++number) {
+      constexpr int lanes = MaskLayout::lanes;
+      std::uint32_t words[4][lanes], bits[span];
+      mask_blocks(draw.seed, draw.offset, static_cast<std::uint64_t>(number) * lanes, words);
+      for (int e = 0; e < span / 2; ++e) {
+        const std::uint32_t word = words[e / lanes][e % lanes];
+        bits[e] = word & 0xFFFFu;
+        bits[span / 2 + e] = word >> 16;
+      }
+      const std::int64_t begun = std::max(first, number * span) - number * span;
+      const std::int64_t ended = std::min(end, (number + 1) * span) - number * span;
+      std::uint8_t* const to = kept + (number * span - first);
+      bool tie = false;
+      for (std::int64_t e = begun; e < ended; ++e) {
+        to[e] = bits[e] >= least;
+        tie |= bits[e] == upper;
+      }
+      if (!tie || lower == 0) continue;
+      // Where the upper bits are those of the threshold, the second draw decides.
+      for (std::int64_t e = begun; e < ended; ++e)
+        if (bits[e] == upper)
+          to[e] = mask_half(draw.seed, draw.offset, static_cast<std::uint64_t>(number * span + e),
+                            true) >= lower;
+    }
+  });
 }
 
 std::array<std::uint32_t, 4> philox4x32_10(const std::array<std::uint32_t, 4>& counter,

@@ -84,11 +84,23 @@ struct BatchNormInferenceArgs {
   void* y;
 };
 
+// Which elements share a mask's bit. Seen as (samples, repeats, units, run), the element at
+// (i, r, u, j) has that of number i * units + u.
+struct MaskMap {
+  std::int64_t repeats, units, run;
+
+  bool shares() const { return repeats > 1 || run > 1; }
+};
+
+// y = scale x + shift where an element is kept, `dropped` elsewhere.
 struct DropoutArgs {
   std::int64_t size;
   const void* x;
   MaskDraw draw;
   void* y;
+  MaskMap map;
+  double shift;  // 0 for all but alpha dropout, as is `dropped`
+  double dropped;
 };
 
 }  // namespace bnext

@@ -52,6 +52,32 @@ BNEXT_HD static inline PhiloxBlock mask_block(std::uint64_t seed, std::uint64_t 
                 static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32));
 }
 
+// The first draws of neighbouring blocks, side by side: compilers make vectors of these loops.
+template <int lanes>
+static inline void mask_blocks(std::uint64_t seed, std::uint64_t offset, std::uint64_t first,
+                               std::uint32_t (&word)[4][lanes]) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    const std::uint64_t block = first + static_cast<std::uint64_t>(lane);
+    word[0][lane] = static_cast<std::uint32_t>(block);
+    word[1][lane] = static_cast<std::uint32_t>(block >> 32);
+    word[2][lane] = static_cast<std::uint32_t>(offset);
+    word[3][lane] = static_cast<std::uint32_t>(offset >> 32);
+  }
+  auto k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * word[0][lane];
+      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * word[2][lane];
+      word[0][lane] = static_cast<std::uint32_t>(p1 >> 32) ^ word[1][lane] ^ k0;
+      word[1][lane] = static_cast<std::uint32_t>(p1);
+      word[2][lane] = static_cast<std::uint32_t>(p0 >> 32) ^ word[3][lane] ^ k1;
+      word[3][lane] = static_cast<std::uint32_t>(p0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
 // The 16 bits that element `index` owns in its block.
 BNEXT_HD static inline std::uint32_t mask_half(std::uint64_t seed, std::uint64_t offset,
                                                std::uint64_t index, bool second) {

@@ -141,6 +141,66 @@ class MaskBits {
   alignas(64) std::uint16_t kept_[batch / 16 + 2];  // Bits reads on
 };
 
+// The bits of elements that share them.
+class SharedBits {
+ public:
+  explicit SharedBits(const MaskMap& map) : map_(map) {}
+
+  // Those of `count` elements, up to a batch, from `first` on.
+  const std::uint8_t* of(MaskBits& mask, std::int64_t first, std::int64_t count) {
+    const std::int64_t period = map_.units * map_.run, size = map_.repeats * period;
+    std::int64_t sample = first / size, left = size - first % size;
+    std::int64_t unit = first % period / map_.run, in_run = first % map_.run;
+    word_ = 0;
+    filled_ = 0;
+    next_ = words_;
+    for (std::int64_t k = 0; k < count;) {
+      const std::int64_t number = sample * map_.units + unit, place = number % MaskBits::batch;
+      const Bits bits{mask.of(number), place};
+      std::int64_t n = count - k;
+      if (map_.run == 1) {
+        n = least(n, least(map_.units - unit, MaskBits::batch - place));
+        constexpr std::int64_t most = 24;  // bits that are there from any bit of a byte on
+        for (std::int64_t i = 0; i < n; i += most) append(bits.at(i), least(n - i, most));
+        unit += n;
+      } else {
+        n = least(n, map_.run - in_run);
+        const std::uint32_t all = (bits.at(0) & 1) != 0 ? ~std::uint32_t{0} : 0;
+        for (std::int64_t i = 0; i < n; i += 32) append(all, least(n - i, 32));
+        in_run = (in_run + n) % map_.run;
+        unit += in_run == 0;
+      }
+      if (unit == map_.units) unit = 0;
+      k += n;
+      left -= n;
+      if (left > 0) continue;
+      left = size;
+      ++sample;
+    }
+    *next_ = static_cast<std::uint32_t>(word_);
+    return reinterpret_cast<const std::uint8_t*>(words_);
+  }
+
+ private:
+  static std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+  // The lowest n bits, up to 32.
+  BNEXT_INLINE void append(std::uint32_t bits, std::int64_t n) {
+    word_ |= (bits & ((std::uint64_t{1} << n) - 1)) << filled_;
+    filled_ += n;
+    if (filled_ < 32) return;
+    *next_++ = static_cast<std::uint32_t>(word_);
+    word_ >>= 32;
+    filled_ -= 32;
+  }
+
+  MaskMap map_;
+  std::uint64_t word_;
+  std::int64_t filled_;
+  std::uint32_t* next_;
+  std::uint32_t words_[MaskBits::batch / 32 + 2];  // Bits reads on
+};
+
 template <class S>
 void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
              bool streaming) {
@@ -149,21 +209,32 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
   const auto scale = static_cast<Compute<S>>(a.draw.scale);
   const std::int64_t end =
       last_span * MaskLayout::span < a.size ? last_span * MaskLayout::span : a.size;
+  const bool shifted = a.shift != 0 || a.dropped != 0;
+  const auto shift = static_cast<Compute<S>>(a.shift);
+  const Vector<S> dropped = static_cast<Compute<S>>(a.dropped) - Vector<S>{};
   MaskBits mask(a.draw);
+  SharedBits shared(a.map);
   // Elements are asked for in bursts, between which the processor alone would not fetch any.
   const Ahead<S> ahead{x + a.size, x};
 
   for (std::int64_t begin = first_span * MaskLayout::span; begin < end; begin += MaskBits::batch) {
     const std::int64_t count = end - begin < MaskBits::batch ? end - begin : MaskBits::batch;
-    const Bits kept{mask.of(begin), 0};
+    const Bits kept{a.map.shares() ? shared.of(mask, begin, count) : mask.of(begin), 0};
     const S* from = x + begin;
-    write<1, false>(
-        y + begin, 0, count, streaming, no_shared_line<S>, [](auto) { return 0; },
-        [&](int, auto at, int) __attribute__((always_inline)) {
-          const auto v = at(from) * scale;
-          return select_lanes(kept.at(at.i), v, decltype(v){});
-        },
-        [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
+    const auto write_values = [&](auto value) __attribute__((always_inline)) {
+      write<1, false>(
+          y + begin, 0, count, streaming, no_shared_line<S>, [](auto) { return 0; }, value,
+          [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
+    };
+    // Not one loop for both: to add 0 is to change the sign of -0.
+    if (shifted)
+      write_values([&](int, auto at, int) __attribute__((always_inline)) {
+        return select_lanes(kept.at(at.i), at(from) * scale + shift, dropped);
+      });
+    else
+      write_values([&](int, auto at, int) __attribute__((always_inline)) {
+        return select_lanes(kept.at(at.i), at(from) * scale, Vector<S>{});
+      });
   }
 }
 

@@ -24,6 +24,7 @@ from bnext._core import (
 from bnext.folding import fold
 from bnext.random import Generator, manual_seed
 from bnext.reestimation import reestimate
+from bnext.uncertainty import mc_dropout
 
 __all__ = [
     "Generator",
@@ -34,6 +35,7 @@ __all__ = [
     "functional",
     "get_num_threads",
     "manual_seed",
+    "mc_dropout",
     "nn",
     "reestimate",
     "set_buffer_limit",

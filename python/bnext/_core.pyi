@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any, SupportsIndex, TypedDict
 
+import numpy as np
 import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
@@ -53,6 +54,8 @@ class DropoutSaved:
     def seed(self) -> int: ...
     @property
     def offset(self) -> int: ...
+    @property
+    def mask_shape(self) -> tuple[int, ...]: ...
 
 def batch_norm_forward(
     x: npt.ArrayLike,
@@ -103,12 +106,31 @@ def dropout_forward(
     x: npt.ArrayLike,
     p: float = 0.5,
     *,
+    mask_shape: tuple[int, ...] | None = None,
+    generator: Generator | None = None,
+    out: _Array | None = None,
+) -> tuple[_Array, DropoutSaved]: ...
+def alpha_dropout_forward(
+    x: npt.ArrayLike,
+    p: float = 0.5,
+    *,
+    mask_shape: tuple[int, ...] | None = None,
     generator: Generator | None = None,
     out: _Array | None = None,
 ) -> tuple[_Array, DropoutSaved]: ...
 def dropout_backward(
     grad_y: npt.ArrayLike, saved: DropoutSaved, *, out: _Array | None = None
 ) -> _Array: ...
+def dropout_mask(
+    seed: SupportsIndex, offset: SupportsIndex, shape: tuple[int, ...], p: float, *, first: int = 0
+) -> npt.NDArray[np.bool_]: ...
+def gaussian_dropout_noise(
+    seed: SupportsIndex, offset: SupportsIndex, shape: tuple[int, ...], p: float, *, first: int = 0
+) -> npt.NDArray[np.float32]: ...
+def prepare(
+    operation: str, argument: str, x: npt.ArrayLike, out: _Array | None
+) -> tuple[_Array, _Array]: ...
+def draw(operation: str, generator: Generator | None, advance: bool) -> tuple[int, int]: ...
 def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
 def im2col(
     x: _Array, cols: _Array, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair

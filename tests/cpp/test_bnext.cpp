@@ -247,6 +247,51 @@ void test_dropout() {
   check(again == x && generator.offset() == 1, "dropout: p = 0 is the identity, without a draw");
 }
 
+// Masks that are broadcast, alpha dropout, and what there is to look at.
+void test_dropout_masks() {
+  constexpr std::int64_t n = 7, c = 30, size = 301;
+  const std::vector<float> x = random_values<float>(n * c * size, 6);
+  std::vector<float> y(x.size()), grad(x.size());
+  for (const bool alpha : {false, true}) {
+    bnext::Generator generator(9, 3);
+    bnext::DropoutForward forward;
+    forward.x = {x.data(), {n, c, size}};
+    forward.p = 0.3;
+    forward.y = {y.data(), {n, c, size}};
+    forward.mask_shape = {n, c, 1};
+    forward.alpha = alpha;
+    const bnext::DropoutDraw draw = bnext::dropout_forward(forward, generator);
+    bnext::DropoutBackward backward;
+    backward.grad_y = forward.x;
+    backward.p = forward.p;
+    backward.draw = draw;
+    backward.grad_x = {grad.data(), {n, c, size}};
+    backward.mask_shape = forward.mask_shape;
+    backward.alpha = alpha;
+    bnext::dropout_backward(backward);
+    std::uint8_t kept[n * c];
+    bnext::dropout_mask(forward.p, draw, 0, n * c, kept);
+    const double s = alpha ? -1.7580993408473766 : 0, q = 1 - forward.p;
+    const double scale = alpha ? 1 / std::sqrt(q * (1 + forward.p * s * s)) : 1 / q;
+    double worst = 0;
+    for (std::int64_t i = 0; i < n * c * size; ++i) {
+      const auto k = static_cast<std::size_t>(i);
+      const bool keep = kept[i / size] != 0;
+      const double value = keep ? scale * (x[k] - forward.p * s) : scale * s * q;
+      worst = std::max(worst, std::abs(y[k] - value));
+      worst = std::max(worst, std::abs(grad[k] - (keep ? scale * x[k] : 0)));
+    }
+    check(worst < 1e-5, "dropout: mask of channels, alpha " + std::to_string(alpha));
+  }
+  std::vector<float> noise(1000), part(100);
+  bnext::gaussian_dropout_noise(0.5, {9, 3}, 0, 1000, noise.data());
+  bnext::gaussian_dropout_noise(0.5, {9, 3}, 555, 100, part.data());
+  check(std::equal(part.begin(), part.end(), noise.begin() + 555), "noise: a part of it differs");
+  double sum = 0;
+  for (const float value : noise) sum += value;
+  check(std::abs(sum / 1000 - 1) < 0.2, "noise: its mean is not 1");
+}
+
 void test_errors() {
   float x[6] = {1, 2, 3, 4, 5, 6}, y[6] = {};
   double statistics[3][3] = {};
@@ -291,6 +336,10 @@ void test_errors() {
 
   float out[6];
   bnext::Generator generator(0);
+  check_throws<Invalid>("dropout_forward: mask_shape: expected the extents of x, (6,)", [&] {
+    bnext::Generator generator(1);
+    bnext::dropout_forward({{x, {6}}, 0.5, {out, {6}}, {3}}, generator);
+  });
   check_throws<Invalid>("dropout_forward: p: expected a probability in [0, 1], got nan", [&] {
     bnext::dropout_forward({{x, {6}}, std::numeric_limits<double>::quiet_NaN(), {out, {6}}},
                            generator);
@@ -344,6 +393,7 @@ int main(int argc, char** argv) {
       test_fused(k);
     }
     test_dropout();
+    test_dropout_masks();
     test_errors();
     test_concurrent_callers();
     std::printf("%s: done\n", backend.name.c_str());

@@ -19,23 +19,45 @@ struct DropoutDraw {
 // y = x / (1 - p) where element i is kept, 0 where it is dropped.
 //
 // Any shape, float32 or float64; y may be x. p in [0, 1]: 0 copies, 1 gives zeros.
+//
+// With a mask_shape, the mask has that shape and is broadcast to x: (N, C, 1, 1) drops whole
+// channels, (N, 1, 1, 1) whole samples, (1, C, H, W) the same elements of all samples. Each extent
+// is that of x or 1, and axes that share bits are neighbours, but for two groups of them.
+//
+// Alpha dropout (Klambauer et al., 2017, arXiv:1706.02515) keeps the mean 0 and the variance 1 of
+// inputs that have them: with s = -1.758..., the value that SELU goes to at -inf, and
+// a = ((1 - p)(1 + p s^2))^(-1/2), y = a (x - p s) where kept and a s (1 - p) where dropped.
+//
 // Errors: std::invalid_argument for shapes, values and partly overlapping memory, DTypeError for
 // dtypes; nothing has been written or drawn then.
 struct DropoutForward {
   Array x;
   double p = 0.5;
-  Array y;  // out, like x
+  Array y;                // out, like x
+  Shape mask_shape = {};  // optional: that of x
+  bool alpha = false;
 };
 // Takes the generator's next offset, unless p is 0, and says which it was.
 DropoutDraw dropout_forward(const DropoutForward& args, Generator& generator);
 
-// grad_x = grad_y / (1 - p) where forward kept the element, 0 where it dropped it.
+// grad_x = grad_y / (1 - p) (alpha: a grad_y) where forward kept the element, 0 where it dropped
+// it.
 struct DropoutBackward {
   Array grad_y;
-  double p = 0.5;    // as in forward
-  DropoutDraw draw;  // from forward
-  Array grad_x;      // out, like grad_y
+  double p = 0.5;         // as in forward
+  DropoutDraw draw;       // from forward
+  Array grad_x;           // out, like grad_y
+  Shape mask_shape = {};  // as in forward
+  bool alpha = false;
 };
 void dropout_backward(const DropoutBackward& args);
+
+// kept[i] = 1 where a mask keeps element first + i, 0 where it drops it, for i in [0, count).
+void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::int64_t count,
+                  std::uint8_t* kept);
+
+// Gaussian dropout multiplies element i by noise[i - first], from N(1, p / (1 - p)); p in [0, 1).
+void gaussian_dropout_noise(double p, const DropoutDraw& draw, std::int64_t first,
+                            std::int64_t count, float* noise);
 
 }  // namespace bnext

@@ -1,21 +1,22 @@
-"""Dropout of single elements and of whole channels."""
+"""Dropout of single elements, of whole channels and of whole samples."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from bnext import _dropout
 from bnext import functional as F
 from bnext.nn.module import Array, Backward, Module, number
 from bnext.random import Generator
 
-__all__ = ["Dropout", "Dropout2d"]
+__all__ = ["DropPath", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"]
 
 
 class Dropout(Module):
     """In training, zero each element with probability `p` and scale the others by 1 / (1 - p).
 
-    Evaluation is the identity, and returns its input itself.
+    Evaluation is the identity, and returns its input itself. So does `p` 0, which draws nothing.
 
     Parameters
     ----------
@@ -23,6 +24,11 @@ class Dropout(Module):
         In [0, 1].
     generator : Generator, optional
         Where masks are drawn from; `bnext.random.default_generator` if not given.
+
+    Attributes
+    ----------
+    consistent : bool
+        Whether all samples of a batch (axis 0) share one mask. False; `bnext.mc_dropout` sets it.
 
     Shape: any, kept.
 
@@ -46,13 +52,13 @@ class Dropout(Module):
             raise ValueError(f"{type(self).__name__}: p: expected a number in [0, 1], got {p}")
         self.p = p
         self.generator = generator
+        self.consistent = False
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
         x = self._check(x)
         if not self.training or self.p == 0:
             return x, lambda grad_y: grad_y
-        y, saved = F.dropout_forward(x, self.p, generator=self.generator)
-        return y, lambda grad_y: F.dropout_backward(grad_y, saved)
+        return self._drop(x)
 
     def __call__(self, x: npt.ArrayLike) -> Array:
         return self._check(x)
@@ -60,11 +66,97 @@ class Dropout(Module):
     def _check(self, x: npt.ArrayLike) -> Array:
         return np.asanyarray(x)
 
+    def _drop(self, x: Array) -> tuple[Array, Backward]:
+        """What training with p > 0 does."""
+        y, saved = F.dropout_forward(
+            x, self.p, mask_shape=self._mask_shape(x), generator=self.generator
+        )
+        return y, lambda grad_y: F.dropout_backward(grad_y, saved)
+
+    def _mask_shape(self, x: Array) -> tuple[int, ...]:
+        shape = self._mask_shape_of(x.shape)
+        return (1, *shape[1:]) if self.consistent else shape
+
+    def _mask_shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the mask that is broadcast to an x of `shape`, unless it is consistent."""
+        return shape
+
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-class Dropout2d(Dropout):
+class _ChannelDropout(Dropout):
+    """What `Dropout1d`, `Dropout2d` and `Dropout3d` are but for their ranks."""
+
+    _rank: int
+    _spatial = ("L", "H, W", "D, H, W")
+
+    def __init__(
+        self, p: float = 0.5, *, channel_axis: int = 1, generator: Generator | None = None
+    ) -> None:
+        super().__init__(p, generator=generator)
+        if channel_axis not in (1, -1):
+            raise ValueError(
+                f"{type(self).__name__}: channel_axis: expected 1 or -1, got {channel_axis}"
+            )
+        self.channel_axis = channel_axis
+
+    def _batch(self, rank: int) -> str:
+        spatial = self._spatial[rank - 3]
+        return f"(N, C, {spatial})" if self.channel_axis == 1 else f"(N, {spatial}, C)"
+
+    def _check(self, x: npt.ArrayLike) -> Array:
+        x = np.asanyarray(x)
+        if x.ndim == self._rank:
+            return x
+        advice = []
+        if x.ndim == 2:
+            advice.append("Dropout for (N, C)")
+        elif 3 <= x.ndim <= 5:
+            advice.append(f"Dropout{x.ndim - 2}d for {self._batch(x.ndim)}")
+        if x.ndim == self._rank - 1:
+            advice.append(f"x[None] for {self._batch(self._rank).replace('N, ', '')}")
+        raise ValueError(
+            f"{self.label}: expected {self._batch(self._rank)}, got shape {x.shape}"
+            + (f": use {', or '.join(advice)}" if advice else "")
+        )
+
+    def _mask_shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return _dropout.channel_mask_shape(self.label, shape, self.channel_axis)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + (", channel_axis=-1" if self.channel_axis == -1 else "")
+
+
+class Dropout1d(_ChannelDropout):
+    """In training, zero each channel of each sample with probability `p`, as `Dropout` does.
+
+    Parameters
+    ----------
+    p, generator
+        As `Dropout`.
+    channel_axis : 1 or -1, default 1
+
+    Shape: (N, C, L), or (N, L, C) with channel_axis -1; kept.
+
+    Raises
+    ------
+    ValueError
+        If the input has another rank. (PyTorch takes (C, L) for one sample; here ``x[None]``.)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bnext import nn
+    >>> y, backward = nn.Dropout1d(0.5).forward(np.ones((4, 8, 3), np.float32))
+    >>> bool((y == y[:, :, :1]).all())
+    True
+    """
+
+    _rank = 3
+
+
+class Dropout2d(_ChannelDropout):
     """In training, zero each channel of each sample with probability `p`, as `Dropout` does.
 
     Neighbouring pixels of one channel are so alike that dropping single ones takes little
@@ -75,8 +167,15 @@ class Dropout2d(Dropout):
     ----------
     p, generator
         As `Dropout`.
+    channel_axis : 1 or -1, default 1
 
-    Shape: (N, C, H, W), kept.
+    Shape: (N, C, H, W), or (N, H, W, C) with channel_axis -1; kept.
+
+    Raises
+    ------
+    ValueError
+        If the input has another rank: PyTorch takes (N, C, L) for (C, H, W), or the other way
+        round, by version.
 
     Examples
     --------
@@ -87,17 +186,69 @@ class Dropout2d(Dropout):
     True
     """
 
-    def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
-        x = self._check(x)
-        if not self.training or self.p == 0:
-            return x, lambda grad_y: grad_y
-        # Ones through dropout are the factors of the channels: 0 or 1 / (1 - p).
-        ones = np.ones((*x.shape[:2], 1, 1), x.dtype)
-        factors, _ = F.dropout_forward(ones, self.p, generator=self.generator, out=ones)
-        return x * factors, lambda grad_y: grad_y * factors
+    _rank = 4
+
+
+class Dropout3d(_ChannelDropout):
+    """In training, zero each channel of each sample with probability `p`, as `Dropout` does.
+
+    Parameters
+    ----------
+    p, generator
+        As `Dropout`.
+    channel_axis : 1 or -1, default 1
+
+    Shape: (N, C, D, H, W), or (N, D, H, W, C) with channel_axis -1; kept.
+
+    Raises
+    ------
+    ValueError
+        If the input has another rank. (PyTorch takes (C, D, H, W) for one sample; here
+        ``x[None]``.)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bnext import nn
+    >>> y, backward = nn.Dropout3d(0.5).forward(np.ones((4, 8, 2, 3, 3), np.float32))
+    >>> bool((y == y[:, :, :1, :1, :1]).all())
+    True
+    """
+
+    _rank = 5
+
+
+class DropPath(Dropout):
+    """In training, zero each sample with probability `p` and scale the others by 1 / (1 - p).
+
+    At the end of a residual branch it takes the whole branch away from some samples: stochastic
+    depth. (torchvision calls it `StochasticDepth`, mode "row".)
+
+    Parameters
+    ----------
+    p, generator
+        As `Dropout`. Usual is a `p` that rises linearly with depth, from 0 to some 0.2.
+
+    Shape: (N, \\*), kept.
+
+    References
+    ----------
+    Huang et al., "Deep networks with stochastic depth", ECCV 2016, arXiv:1603.09382.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from bnext import nn
+    >>> block = nn.Residual(nn.Sequential(nn.Linear(4, 4), nn.DropPath(1.0)))
+    >>> x = np.ones((2, 4), np.float32)
+    >>> bool((block.forward(x)[0] == x).all())
+    True
+    """
 
     def _check(self, x: npt.ArrayLike) -> Array:
         x = np.asanyarray(x)
-        if x.ndim != 4:
-            raise ValueError(f"{self.label}: expected (N, C, H, W), got shape {x.shape}")
+        _dropout.sample_mask_shape(self.label, x.shape)
         return x
+
+    def _mask_shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return _dropout.sample_mask_shape(self.label, shape)

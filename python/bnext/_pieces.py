@@ -1,0 +1,64 @@
+"""What operations share that are written in Python: checks, and work on several threads."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnext import _core
+
+Array = npt.NDArray[Any]
+
+# Elements that one thread works on at a time: they stay in the cache of its core.
+_PIECE = 1 << 16
+
+
+def probability(operation: str, p: float) -> float:
+    if not isinstance(p, numbers.Real):
+        raise TypeError(f"{operation}: p: expected a number, got {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"{operation}: p: expected a probability in [0, 1], got {p:g}")
+    return float(p)
+
+
+def gradient(
+    operation: str, grad_y: npt.ArrayLike, saved: Any, kind: type[Any], out: Array | None
+) -> tuple[Array, Array]:
+    """`grad_y` and where its product goes."""
+    if type(saved) is not kind:
+        forward = operation.replace("backward", "forward")
+        raise TypeError(
+            f"{operation}: saved: expected what {forward} returned, got {type(saved).__name__}"
+        )
+    array, grad_x = _core.prepare(operation, "grad_y", grad_y, out)
+    if array.shape != saved.shape:
+        raise ValueError(f"{operation}: grad_y: expected shape {saved.shape}, got {array.shape}")
+    return array, grad_x
+
+
+def factor(value: float, dtype: np.dtype[Any]) -> Array:
+    """`value` in float32 or, for float64, float64, as an array, so that types of data give way."""
+    return np.full(1, value, np.float64 if dtype == np.float64 else np.float32)
+
+
+def each_piece(task: Callable[[slice], None], count: int, size: int) -> None:
+    """Call `task` for slices of `count` items of `size` elements, on several threads.
+
+    The slices follow from the arguments alone, and fit into the cache of a core.
+    """
+    piece = max(1, _PIECE // max(1, size))
+    parts = [slice(i, min(i + piece, count)) for i in range(0, count, piece)]
+
+    def call(i: int) -> None:
+        # Each thread has NumPy's defaults, which warn; arithmetic goes where IEEE sends it.
+        with np.errstate(all="ignore"):
+            task(parts[i])
+
+    if len(parts) == 1:
+        call(0)
+    elif parts:
+        _core.run_tasks(call, len(parts))
