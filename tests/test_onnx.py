@@ -119,7 +119,27 @@ LAYERS = {
 UNLIKE = {
     "batch norm, last of 2 axes": (nn.BatchNorm(7, channel_axis=-1), VECTOR),
     "batch norm, not affine": (nn.BatchNorm(4, affine=False), IMAGE),
-    "dropout 2d": (nn.Sequential(nn.Dropout2d(0.3), nn.ReLU()), IMAGE),
+    "batch norm, channels not normalized": (
+        nn.BatchNorm(4, channel_mask=[True, False, True, False]),
+        IMAGE,
+    ),
+    "batch norm, banks": (nn.BatchNorm(4, banks=("real", "fake")), IMAGE),
+    "batch norm, ghost batches": (nn.BatchNorm(4, ghost_batch_size=2), IMAGE),
+    "batch norm, renormalized": (nn.BatchRenorm(4), IMAGE),
+    **{
+        kind.__name__: (nn.Sequential(kind(0.3), nn.ReLU()), shape)
+        for kind, shape in (
+            (nn.Dropout1d, SEQUENCE),
+            (nn.Dropout2d, IMAGE),
+            (nn.Dropout3d, VOLUME),
+            (nn.DropPath, IMAGE),
+            (nn.AlphaDropout, IMAGE),
+            (nn.FeatureAlphaDropout, IMAGE),
+            (nn.GaussianDropout, IMAGE),
+        )
+    },
+    "DropBlock2d": (nn.Sequential(nn.DropBlock2d(0.3, 3), nn.ReLU()), IMAGE),
+    "statistics of the input": (nn.Sequential(nn.InputStatistics(4), nn.Conv2d(4, 2, 3)), IMAGE),
     "nothing": (nn.Sequential(), VECTOR),
 }
 # What runs the same in onnxruntime and cannot come back.
@@ -276,7 +296,26 @@ def test_batch_norm_without_running_statistics():
     assert_near(bnext.onnx.load(proto).forward(x)[0], y)
 
 
-@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d])
+def test_frozen_batch_norm_in_training():
+    layer = randomize(nn.BatchNorm(5)).freeze()
+    x = batch((5, 6))
+    (y,) = run(bnext.onnx.export(layer, None, (5, 6), training=True), x)
+    assert_near(layer.forward(x)[0], y)
+
+
+def test_dropout_of_batch_norm():
+    layer = randomize(nn.BatchNorm(5, activation="relu", dropout=0.25))
+    x = batch((5, 6), 40)
+    y, *_ = run(bnext.onnx.export(layer, None, (5, 6), training=True), x)
+    full, _ = F.batch_norm_forward(x, layer.weight.data, layer.bias.data, activation="relu")
+    kept = y != 0
+    assert_near(np.where(kept, full / 0.75, 0).astype(F32), y)
+    assert abs(kept.sum() / (full != 0).sum() - 0.75) < 0.1
+    (y,) = run(bnext.onnx.export(layer, None, (5, 6)), x)
+    assert_near(layer(x), y)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d, nn.DropPath])
 def test_dropout_in_training(kind):
     shape = (16, 3, 3)
     layer = nn.Sequential(kind(0.25), kind(0.25, generator=bnext.Generator(7)))
@@ -295,6 +334,9 @@ def test_dropout_in_training(kind):
     if kind is nn.Dropout2d:
         assert (steps == steps[..., :1, :1]).all()
         steps = steps[..., 0, 0]
+    elif kind is nn.DropPath:
+        assert (steps == steps[:, :1, :1, :1]).all()
+        steps = steps[:, 0, 0, 0]
     # Five standard deviations of a binomial distribution.
     spread = np.sqrt(0.5625 * 0.4375 / steps.size)
     assert abs(steps.mean() - 0.5625) < 5 * spread
@@ -766,6 +808,15 @@ class Unknown(nn.BatchNorm):
         (nn.Linear(4, 2), (5,), {}, ValueError, r"Linear: x: expected shape \(\*, 4\)"),
         (nn.Conv2d(4, 2, 3), (4, 2, 2), {}, ValueError, "Conv2d: x: expected a height"),
         (nn.Dropout(1.0), (4,), {}, ValueError, "onnx.export: model: p: expected less than 1"),
+        *(
+            (layer, (4,), dict(training=True), ValueError, f"onnx.export: model: {message}")
+            for layer, message in (
+                (nn.BatchNorm(4, ghost_batch_size=2), "ghost_batch_size: expected None"),
+                (nn.BatchNorm(4, channel_mask=[True] * 4), "channel_mask: expected None"),
+                (nn.BatchRenorm(4), "expected another layer than BatchRenorm"),
+                (nn.AlphaDropout(0.5), "expected another layer than AlphaDropout"),
+            )
+        ),
         (
             nn.BatchNorm(4, momentum=None),
             (4,),
@@ -785,7 +836,8 @@ def test_what_cannot_be_exported(model, shape, options, kind, message, tmp_path)
 def test_every_layer_has_a_row():
     from bnext.onnx import _export
 
-    kinds = {getattr(nn, name) for name in nn.__all__} - {nn.Module, nn.Parameter}
+    named = (getattr(nn, name) for name in nn.__all__)
+    kinds = {kind for kind in named if isinstance(kind, type)} - {nn.Module, nn.Parameter}
     assert kinds <= set(_export._EXPORT)
     assert set(F.activations) <= set(_export._ACTIVATIONS)
 

@@ -151,18 +151,24 @@ def _batch_norm(writer: _Writer, layer: nn.BatchNorm, path: str, x: str) -> str:
         return writer.constant(path, name, value)
 
     tracked = layer.track_running_stats
+    # Channels that are not normalized have mean 0, variance 1, and eps is part of the variances.
+    evaluation = {"eps": layer.eps, **(layer._running_statistics if tracked else {})}
+    by_batch = not tracked or (writer.training and not layer.frozen_stats)
+    if by_batch:
+        _check_trainable(layer, path)
+        evaluation["eps"] = layer.eps
     inputs = [
         x,
         constant("weight", None if layer.weight is None else layer.weight.data, 1),
         constant("bias", None if layer.bias is None else layer.bias.data, 0),
-        constant("running_mean", layer.running_mean if tracked else None, 0),
-        constant("running_var", layer.running_var if tracked else None, 1),
+        constant("running_mean", evaluation.get("mean"), 0),
+        constant("running_var", evaluation.get("var"), 1),
     ]
-    attributes: dict[str, Any] = {"epsilon": layer.eps}
+    attributes: dict[str, Any] = {"epsilon": evaluation["eps"]}
     if layer.momentum is not None:
         attributes["momentum"] = other_momentum(layer.momentum)
     outputs: list[str] = []
-    if writer.training or not tracked:
+    if by_batch:
         if tracked and layer.momentum is None:
             raise ValueError(
                 f"onnx.export: {path or 'model'}: momentum: expected a number for training=True, "
@@ -174,7 +180,25 @@ def _batch_norm(writer: _Writer, layer: nn.BatchNorm, path: str, x: str) -> str:
             writer.statistics |= dict.fromkeys(outputs, layer.num_features)
     y = writer.node("BatchNormalization", path, inputs, outputs, **attributes)
     y = _ACTIVATIONS[layer.activation](writer, path, y, layer.negative_slope)
+    if layer.dropout:
+        y = _dropped(writer, layer.dropout, layer.generator, path, y)
     return writer.node("Transpose", path, [y], perm=channels_last(rank)) if turned else y
+
+
+def _check_trainable(layer: nn.BatchNorm, path: str) -> None:
+    """Refuse what BatchNormalization with batch statistics cannot do."""
+    for name in ("channel_mask", "ghost_batch_size"):
+        if getattr(layer, name) is not None:
+            raise _untrainable(path, f"{name}: expected None")
+    if isinstance(layer, nn.BatchRenorm):
+        raise _untrainable(path, "expected another layer than BatchRenorm")
+
+
+def _untrainable(path: str, expected: str) -> ValueError:
+    return ValueError(
+        f"onnx.export: {path or 'model'}: {expected} for batch statistics or training=True; "
+        "ONNX has no such operator"
+    )
 
 
 def _silu(writer: _Writer, path: str, x: str, _: float) -> str:
@@ -221,13 +245,13 @@ def _dropped(
     return writer.node("Dropout", path, inputs, seed=seed)
 
 
-def _channel_dropout(writer: _Writer, layer: nn.Dropout2d, path: str, x: str) -> str:
+def _shared_dropout(writer: _Writer, layer: nn.Dropout, path: str, x: str) -> str:
     if not writer.training:
         return writer.node("Identity", path, [x])
     # What is dropped are factors of 1, one for all that falls together.
     samples = writer.node("Shape", path, [x], end=1)
-    channels, *plane = writer.shapes[x][1:]
-    factors = writer.constant(path, "factors", np.array([channels] + [1] * len(plane), np.int64))
+    shape = layer._mask_shape_of(writer.shapes[x])[1:]
+    factors = writer.constant(path, "factors", np.array(shape, np.int64))
     ones = writer.node(
         "ConstantOfShape",
         path,
@@ -235,6 +259,12 @@ def _channel_dropout(writer: _Writer, layer: nn.Dropout2d, path: str, x: str) ->
         value=writer.onnx.numpy_helper.from_array(np.ones(1, writer.dtype)),
     )
     return writer.node("Mul", path, [x, _dropped(writer, layer.p, layer.generator, path, ones)])
+
+
+def _only_evaluation(writer: _Writer, layer: nn.Dropout, path: str, x: str) -> str:
+    if writer.training and layer.p:
+        raise _untrainable(path, f"expected another layer than {type(layer).__name__}")
+    return writer.node("Identity", path, [x])
 
 
 def _max_pool(writer: _Writer, layer: nn.MaxPool2d, path: str, x: str) -> str:
@@ -281,8 +311,16 @@ _EXPORT: dict[type[Module], Callable[[_Writer, Any, str, str], str]] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
+    nn.BatchRenorm: _batch_norm,
     nn.Dropout: _dropout,
-    nn.Dropout2d: _channel_dropout,
+    nn.Dropout1d: _shared_dropout,
+    nn.Dropout2d: _shared_dropout,
+    nn.Dropout3d: _shared_dropout,
+    nn.DropPath: _shared_dropout,
+    nn.AlphaDropout: _only_evaluation,
+    nn.FeatureAlphaDropout: _only_evaluation,
+    nn.DropBlock2d: _only_evaluation,
+    nn.GaussianDropout: _only_evaluation,
     nn.ReLU: lambda writer, layer, path, x: _ACTIVATIONS["relu"](writer, path, x, 0),
     nn.LeakyReLU: lambda writer, layer, path, x: _ACTIVATIONS["leaky_relu"](
         writer, path, x, layer.negative_slope
@@ -291,6 +329,7 @@ _EXPORT: dict[type[Module], Callable[[_Writer, Any, str, str], str]] = {
     nn.AvgPool2d: _avg_pool,
     nn.GlobalAvgPool2d: _global_avg_pool,
     nn.Flatten: _flatten,
+    nn.InputStatistics: lambda writer, layer, path, x: x,
 }
 
 
@@ -363,7 +402,8 @@ def export(
         )
     sizes = tuple(_check.integer("onnx.export", "input_shape", size, 1) for size in input_shape)
     dtypes = [a.dtype for a in model.state_dict().values() if np.issubdtype(a.dtype, np.floating)]
-    dtype = dtypes[0] if dtypes else np.dtype(np.float32)
+    # Some statistics are wider than the data.
+    dtype = min(dtypes, key=lambda d: d.itemsize, default=np.dtype(np.float32))
 
     writer = _Writer(dtype, bool(training), opset)
     writer.shapes["x"] = (2, *sizes)
