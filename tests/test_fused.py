@@ -5,6 +5,7 @@ import pytest
 
 import bnext
 import reference
+from bnext import _core
 from bnext import functional as F
 from cases import ACTIVATIONS, DTYPES, HALF_DTYPES, TOLERANCE, data, name_of, parameters
 
@@ -190,3 +191,61 @@ def test_wrong_types(options, message):
     x = arrays(((4, 3, 7, 7), 1))[0]
     with pytest.raises(TypeError, match=f"batch_norm_forward: {message}"):
         F.batch_norm_forward(x, **options)
+
+
+@shapes
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_in_place_backward_finds_x_in_the_result(backend, case, dtype, activation, affine):
+    x, _, grad_y, weight, bias = arrays(case, dtype)
+    weight = np.sign(weight) * (np.abs(weight) + dtype(0.5))  # n is as exact as |bias / weight|
+    parameters = (weight, bias) if affine else (None, None)
+    options = {"channel_axis": case[1], "activation": activation, "negative_slope": 0.2}
+    expected = reference.BatchNorm(x, *parameters, **options)
+    target = x.copy()
+    y, saved = F.batch_norm_forward(target, *parameters, **options, out=target)
+    assert y is target
+    assert saved.nbytes <= x.nbytes + 8 * 5 * saved.mean.size  # that of y: x is gone
+    close(y, expected.y)
+    grads = F.batch_norm_backward(grad_y, saved)
+    if activation is None or (np.abs(expected.z) > 1e-5).all():
+        grad_x, grad_weight, grad_bias = expected.backward(grad_y)
+        unit = np.maximum(1, np.abs(expected.scale * expected.r) * np.abs(grad_y).max()) * 8
+        close(grads.x, grad_x, unit)
+        if affine:
+            close(grads.weight, grad_weight, 8 * np.sqrt(saved.count))
+            close(grads.bias, grad_bias, np.sqrt(saved.count))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "relu"}, "saved: x was overwritten"),
+        ({"activation": "leaky_relu", "negative_slope": 0.0}, "saved: x was overwritten"),
+        ({"dropout": 0.5}, "saved: x was overwritten"),
+        ({"residual": True}, "saved: x was overwritten"),
+        ({"weight": True}, "weight: expected no 0, got one in channel 1"),
+    ],
+)
+def test_in_place_backward_where_x_is_lost(options, message):
+    x, residual, grad_y, weight, bias = arrays(((4, 3, 7, 7), 1))
+    if options.pop("residual", False):
+        options["residual"] = residual
+    if options.pop("weight", False):
+        weight[1] = 0
+    _, saved = F.batch_norm_forward(x, weight, bias, **options, out=x)
+    with pytest.raises(ValueError, match=message):
+        F.batch_norm_backward(grad_y, saved)
+
+
+def test_constant_statistics_pass_on_no_gradient_of_theirs():
+    """A NaN in x spoils the sums of its channel, and these do not matter then."""
+    x, _, grad_y, weight, bias = arrays(((4, 3, 7, 7), 1))
+    x[0, 1, 0, 0] = np.nan
+    mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
+    _, saved = _core.batch_norm_inference_forward(x, mean, var, weight, bias)
+    grad_x = F.batch_norm_backward(grad_y, saved).x
+    expected = grad_y * (weight / np.sqrt(np.float32(1 + 1e-5))).reshape(3, 1, 1)
+    finite = np.isfinite(x)
+    assert np.allclose(grad_x[finite], expected[finite], rtol=1e-6)

@@ -334,7 +334,7 @@ def test_in_place_equals_out_of_place(backend, case):
 
 def test_backward_after_in_place_forward_is_refused():
     x = data((4, 3))
-    _, saved = F.batch_norm_forward(x, out=x)
+    _, saved = F.batch_norm_forward(x, activation="relu", out=x)
     with pytest.raises(ValueError, match=r"batch_norm_backward: saved: x was overwritten"):
         F.batch_norm_backward(x, saved)
 

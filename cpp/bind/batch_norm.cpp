@@ -53,7 +53,7 @@ struct BatchNormSaved {
   Activation activation;
   double negative_slope;
   bool batch_statistics;
-  bool x_overwritten;
+  bool x_overwritten;  // by the result, from which it may be found again
   // Of a residual: whether there was one, and what the gradient of the activation needs of it, its
   // bits or itself.
   bool has_residual = false;
@@ -172,10 +172,13 @@ BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
                          ": saved: expected what batch_norm_forward returned, got " +
                          type_name(saved));
   const auto& s = saved.cast<const BatchNormSaved&>();
-  if (s.x_overwritten)
+  const bool invertible =
+      is_invertible(s.activation, s.negative_slope) && !s.has_residual && s.dropout == 0;
+  if (s.x_overwritten && !invertible)
     throw py::value_error(std::string(operation) +
                           ": saved: x was overwritten, since forward ran with out=x; backward "
-                          "needs x");
+                          "needs x, and can find it again only without a residual and dropout, and "
+                          "with no activation or leaky_relu with a positive slope");
   if (s.residual_overwritten)
     throw py::value_error(std::string(operation) +
                           ": saved: the residual was overwritten, since forward ran with "
@@ -209,6 +212,7 @@ BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
   args.draw = s.draw;
   if (s.passes) args.passes = static_cast<const std::uint8_t*>(s.passes->data());
   args.batch_statistics = s.batch_statistics;
+  args.from_result = s.x_overwritten;
   if (!through) args.grad_residual = view(grad_residual);
   args.grad_x = view(grad_x);
   args.grad_weight = view(grad_weight);
@@ -305,7 +309,7 @@ void bind_batch_norm(pybind11::module_& m) {
 
 Attributes
 ----------
-mean, var, inv_std : ndarray (C,), dtype of x
+mean, var, inv_std : ndarray (C,), dtype of weight
     Of this batch; `var` is the biased variance, `inv_std` is 1 / sqrt(var + eps). Backward
     itself uses them in float64.
 moments : (ndarray (C,), ndarray (C,)), float64
@@ -372,9 +376,10 @@ variance, in one pass over memory.
 
 Parameters
 ----------
-x : array_like, float32 or float64, (N, C, *) or, with channel_axis -1, (N, *, C)
-weight, bias : array_like (C,), dtype of x, optional
-    1 and 0 if not given.
+x : array_like, (N, C, *) or, with channel_axis -1, (N, *, C)
+    float32, float64, float16, or bfloat16 (of the package ml_dtypes).
+weight, bias : array_like (C,), optional
+    1 and 0 if not given. dtype of x; float32 where that has 16 bits.
 eps : float, default 1e-5
     Finite, not negative.
 channel_axis : 1 or -1, default 1
@@ -389,7 +394,10 @@ dropout : float, default 0
 generator : Generator, optional
     Where dropout draws from; `bnext.random.default_generator` if not given.
 out : ndarray, optional
-    Where to write, of x's shape and dtype. May be `x` itself; backward is then impossible.
+    Where to write, of x's shape and dtype. May be `x` itself: half the memory for backward, which
+    then finds x again from y (Rota Bulo et al., arXiv:1712.02616). That needs no activation or
+    leaky_relu with a positive slope, no residual, no dropout, and no weight of 0; the gradients
+    are as exact as y, whose error counts |bias / weight| times.
 
 Returns
 -------
@@ -442,7 +450,7 @@ grads : BatchNormGrads
 Raises
 ------
 ValueError, TypeError
-    As `batch_norm_forward`; also if forward ran in place.)");
+    As `batch_norm_forward`; also if forward wrote over x and x cannot be found again.)");
 
   m.def("batch_norm_inference", inference, "x"_a, "mean"_a, "var"_a, "weight"_a = none,
         "bias"_a = none, py::kw_only(), "eps"_a = 1e-5, "channel_axis"_a = 1, "residual"_a = none,
@@ -453,8 +461,9 @@ y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
 Parameters
 ----------
-x : array_like, float32 or float64, (N, C, *) or, with channel_axis -1, (N, *, C)
-mean, var : array_like (C,), dtype of x
+x : array_like, (N, C, *) or, with channel_axis -1, (N, *, C)
+    float32, float64, float16, or bfloat16 (of the package ml_dtypes).
+mean, var : array_like (C,), dtype of weight
     `var` is not negative. Where var and eps are both 0 the result is that of IEEE arithmetic.
 weight, bias, eps, channel_axis, residual, activation, negative_slope, out
     As `batch_norm_forward`.

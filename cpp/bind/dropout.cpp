@@ -175,7 +175,7 @@ mask_shape : tuple of int
 
 Parameters
 ----------
-x : array_like, float32 or float64, any shape
+x : array_like, float32, float64, float16 or bfloat16, any shape
 p : float, default 0.5
     Probability of a zero, exact to 2**-32. 0 copies and draws nothing, 1 gives zeros.
 mask_shape : tuple of int, optional

@@ -126,6 +126,35 @@ void check_fusion(const Check& check, const Array& x, const Array& residual, Act
 
 }  // namespace
 
+namespace {
+
+double parameter(const Array& a, std::int64_t c) {
+  return a.dtype == DType::float64 ? static_cast<const double*>(a.data)[c]
+                                   : static_cast<double>(static_cast<const float*>(a.data)[c]);
+}
+
+void check_from_result(const Check& check, const BatchNormBackward& a) {
+  if (!is_invertible(a.activation, a.negative_slope))
+    check.fail("activation",
+               "expected none, or leaky_relu with a positive slope: x cannot be "
+               "found again from the results of another");
+  if (a.residual.given || a.passes != nullptr)
+    check.fail("residual", "expected none: x cannot be found again from results with a residual");
+  if (a.dropout != 0)
+    check.fail("dropout", "expected 0: x cannot be found again where it was dropped");
+  for (std::int64_t c = 0; a.weight.given && c < a.weight.size(); ++c)
+    if (parameter(a.weight, c) == 0)
+      check.fail("weight", "expected no 0, got one in channel " + std::to_string(c) +
+                               ": x cannot be found again from the results, which are constant");
+}
+
+}  // namespace
+
+bool is_invertible(Activation activation, double negative_slope) {
+  return activation == Activation::none ||
+         (activation == Activation::leaky_relu && negative_slope > 0);
+}
+
 bool is_gated(Activation activation) {
   switch (activation) {
 #define BNEXT_CASE(name) \
@@ -211,6 +240,7 @@ void batch_norm_backward(const BatchNormBackward& a) {
   check.same_kind("out", a.grad_x, a.x);
   check.optional_per_channel("grad_weight", a.grad_weight, problem.c, parameters);
   check.optional_per_channel("grad_bias", a.grad_bias, problem.c, parameters);
+  if (a.from_result) check_from_result(check, a);
   check.no_overlap("out", a.grad_x, "grad_y", a.grad_y, true);
   check.no_overlap("out", a.grad_x, "x", a.x, true);
   check.no_overlap("out", a.grad_x, "residual", a.residual, false);
@@ -238,8 +268,10 @@ void batch_norm_backward(const BatchNormBackward& a) {
        static_cast<const double*>(a.mean.data),
        static_cast<const double*>(a.inv_std.data),
        {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
-        const_cast<std::uint8_t*>(a.passes), nullptr, 0, false},
+        const_cast<std::uint8_t*>(a.passes), nullptr, 0,
+        a.from_result && a.activation != Activation::none},
        a.batch_statistics,
+       a.from_result,
        a.grad_x.data,
        a.grad_residual.given ? a.grad_residual.data : nullptr,
        a.grad_weight.given ? a.grad_weight.data : nullptr,

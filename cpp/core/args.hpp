@@ -66,6 +66,7 @@ struct BatchNormBackwardArgs {
   const double* inv_std;
   Fusion fusion;
   bool batch_statistics;
+  bool from_result;  // x is the result of forward
   void* grad_x;
   void* grad_residual;
   void* grad_weight;

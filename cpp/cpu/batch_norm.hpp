@@ -673,23 +673,24 @@ void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t
   for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
     const S* row = x + r * grid.width + columns.first;
     std::int64_t w = 0;
-    for (; w + lanes <= width; w += lanes) {
-      const auto read = [&](std::int64_t k) __attribute__((always_inline)) {
-        return load_wide(row + k * grid.width + w);
-      };
-      if (grid.fetch_rows) fetch(row + count * (width + w), count * lanes);
-      if (count == row_block)
-        add_columns<S, centered>(row_block, center + w, read, total + w, squares + w);
-      else
-        add_columns<S, centered>(count, center + w, read, total + w, squares + w);
-    }
-    if (w == width) return;
-    const auto read_rest = [&](std::int64_t k) {
-      const Pack<double> rest = widen(load_first(row + k * grid.width + w, width - w));
-      if constexpr (centered) return first_lanes_of(rest, width - w, load(center + w));
-      return rest;
-    };
-    add_columns<S, centered>(count, center + w, read_rest, total + w, squares + w);
+    if (count == row_block)
+      for (; w + lanes <= width; w += lanes) {
+        if (grid.fetch_rows) fetch(row + count * (width + w), count * lanes);
+        add_columns<S, centered>(
+            row_block, center + w,
+            [&](std::int64_t k)
+                __attribute__((always_inline)) { return load_wide(row + k * grid.width + w); },
+            total + w, squares + w);
+      }
+    for (; w < width; w += lanes)
+      add_columns<S, centered>(
+          count, center + w,
+          [&](std::int64_t k) __attribute__((always_inline)) {
+            const Pack<double> rest = widen(load_first(row + k * grid.width + w, width - w));
+            if constexpr (centered) return first_lanes_of(rest, width - w, load(center + w));
+            return rest;
+          },
+          total + w, squares + w);
   });
 }
 
@@ -869,37 +870,37 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     for (std::int64_t k = 0; k < count; ++k) runs[k].ready(width);
     const auto coefficients = [&](auto at) __attribute__((always_inline)) { return f.at(at); };
     std::int64_t w = 0;
-    const auto read_x = [&](std::int64_t k) __attribute__((always_inline)) {
-      return values_of(runs[k], values + k * grid.width + w);
-    };
-    const auto read_g = [&](std::int64_t k) __attribute__((always_inline)) {
-      const S* from = g + k * grid.width;
-      if constexpr (Tail::linear)
-        return load_wide(from + w);
-      else
-        return gradients_of(runs[k], from, values + k * grid.width, w, coefficients);
-    };
-    for (; w + lanes <= width; w += lanes) {
-      if (grid.fetch_rows) {
-        fetch(g + count * (width + w), count * lanes);
-        fetch(values + count * (width + w), count * lanes);
+    if (count == row_block)
+      for (; w + lanes <= width; w += lanes) {
+        if (grid.fetch_rows) {
+          fetch(g + count * (width + w), count * lanes);
+          fetch(values + count * (width + w), count * lanes);
+        }
+        add_grad_columns<S>(
+            row_block, center + w,
+            [&](std::int64_t k) __attribute__((always_inline)) {
+              const S* from = g + k * grid.width;
+              if constexpr (Tail::linear)
+                return load_wide(from + w);
+              else
+                return gradients_of(runs[k], from, values + k * grid.width, w, coefficients);
+            },
+            [&](std::int64_t k) __attribute__((always_inline)) {
+              return values_of(runs[k], values + k * grid.width + w);
+            },
+            total + w, products + w);
       }
-      if (count == row_block)
-        add_grad_columns<S>(row_block, center + w, read_g, read_x, total + w, products + w);
-      else
-        add_grad_columns<S>(count, center + w, read_g, read_x, total + w, products + w);
-    }
-    if (w == width) return;
-    add_grad_columns<S>(
-        count, center + w,
-        [&](std::int64_t k) {
-          return gradients_of_first(runs[k], g + k * grid.width, values + k * grid.width, w,
-                                    width - w, coefficients);
-        },
-        [&](std::int64_t k) {
-          return values_of_first(runs[k], values + k * grid.width + w, width - w);
-        },
-        total + w, products + w);
+    for (; w < width; w += lanes)
+      add_grad_columns<S>(
+          count, center + w,
+          [&](std::int64_t k) __attribute__((always_inline)) {
+            return gradients_of_first(runs[k], g + k * grid.width, values + k * grid.width, w,
+                                      width - w, coefficients);
+          },
+          [&](std::int64_t k) __attribute__((always_inline)) {
+            return values_of_first(runs[k], values + k * grid.width + w, width - w);
+          },
+          total + w, products + w);
   });
   gather(grid, columns, total, sums_g);
   gather(grid, columns, products, sums_gx);
@@ -954,7 +955,7 @@ void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
   NoTile none;
   if (grid.columns) {
     apply_columns<S, Tail>(grid, group, chunk, x, forward, fusion, y);
-  } else if (next_partials == nullptr) {
+  } else if (compact || next_partials == nullptr) {
     apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, none);
   } else {
     const std::int64_t mirrored = grid.chunks - 1 - chunk;
@@ -983,7 +984,7 @@ void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
   if (grid.columns) {
     apply_grad_columns<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
                                 grad_residual);
-  } else if (next_partials == nullptr) {
+  } else if (compact || next_partials == nullptr) {
     apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
                              grad_residual, none);
   } else {

@@ -123,7 +123,7 @@ class General {
     }
     // After the last element.
     BNEXT_INLINE void finish() {
-      if (recording_) deposit(end_ - first_);
+      if (recording_) deposit(of_, words_, word_, first_, end_ - first_);
     }
 
     template <class V, class P>
@@ -196,15 +196,20 @@ class General {
 
     // The bits of the elements from drawn_ to the end of its batch, to where this run has them.
     BNEXT_INLINE void draw() {
-      const std::int64_t begin = drawn_ % MaskBits::batch, rest = MaskBits::batch - begin;
-      const std::uint8_t* from = of_.bits_.of(drawn_) + begin / 8;
       auto* to = const_cast<std::uint8_t*>(kept_.bytes) + (drawn_ - first_ + first_ % 8) / 8;
-      const std::int64_t count = end_ - drawn_ < rest ? end_ - drawn_ : rest;
+      drawn_ += draw_bits(of_.bits_, drawn_, end_, to);
+    }
+    // Not of this object either. How many there were.
+    __attribute__((noinline)) static std::int64_t draw_bits(MaskBits& bits, std::int64_t first,
+                                                            std::int64_t end, std::uint8_t* to) {
+      const std::int64_t begin = first % MaskBits::batch, rest = MaskBits::batch - begin;
+      const std::uint8_t* from = bits.of(first) + begin / 8;
+      const std::int64_t count = end - first < rest ? end - first : rest;
       if (count == MaskBits::batch)
         __builtin_memcpy(to, from, MaskBits::batch / 8);
       else
         for (std::int64_t k = 0; k < (begin % 8 + count + 7) / 8; ++k) to[k] = from[k];
-      drawn_ += count;
+      return count;
     }
 
     template <class P>
@@ -219,19 +224,21 @@ class General {
     }
 
     // What has been recorded, to where it belongs, which may be anywhere in a byte. Bytes at the
-    // ends may have bits of other tiles, which other threads write.
-    void deposit(std::int64_t count) {
-      of_.words_[words_] = word_;
-      of_.words_[words_ + 1] = 0;
-      const std::int64_t shift = first_ % 8;
+    // ends may have bits of other tiles, which other threads write. (Not of this object: then that
+    // would have an address, and could not stay in registers.)
+    static void deposit(General& of, std::int64_t words, std::uint64_t word, std::int64_t first,
+                        std::int64_t count) {
+      of.words_[words] = word;
+      of.words_[words + 1] = 0;
+      const std::int64_t shift = first % 8;
       std::uint64_t carry = 0;
-      for (std::int64_t j = 0; j <= words_ + 1; ++j) {
-        const std::uint64_t word = of_.words_[j];
-        of_.words_[j] = word << shift | carry;
-        carry = shift > 0 ? word >> (64 - shift) : 0;
+      for (std::int64_t j = 0; j <= words + 1; ++j) {
+        const std::uint64_t next = of.words_[j];
+        of.words_[j] = next << shift | carry;
+        carry = shift > 0 ? next >> (64 - shift) : 0;
       }
-      const auto* bytes = reinterpret_cast<const std::uint8_t*>(of_.words_);
-      std::uint8_t* const to = of_.fusion_.passes + first_ / 8;
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(of.words_);
+      std::uint8_t* const to = of.fusion_.passes + first / 8;
       const std::int64_t last = (shift + count - 1) / 8;
       __atomic_fetch_or(to, bytes[0], __ATOMIC_RELAXED);
       if (last == 0) return;

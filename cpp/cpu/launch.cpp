@@ -142,10 +142,14 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const std::int64_t kept_bytes = dropping ? grid.runs() * fusion.kept_bytes : 0;
   Workspace workspace(
       Workspace::bytes<GradSums>(channels * grid.chunks) + Workspace::bytes<Affine<T>>(channels) +
-      Workspace::bytes<GradAffine<T>>(channels) + Workspace::bytes<std::uint8_t>(kept_bytes));
+      Workspace::bytes<GradAffine<T>>(channels) + 3 * Workspace::bytes<double>(channels) +
+      Workspace::bytes<std::uint8_t>(kept_bytes));
   auto* partials = workspace.take<GradSums>(channels * grid.chunks);
   auto* forward = workspace.take<Affine<T>>(channels);
   auto* backward = workspace.take<GradAffine<T>>(channels);
+  auto* center = workspace.take<double>(channels);
+  auto* scale = workspace.take<double>(channels);
+  auto* weight = workspace.take<double>(channels);
   fusion.kept = workspace.take<std::uint8_t>(kept_bytes);
   const auto* grad_y = static_cast<const S*>(a.grad_y);
   const auto* x = static_cast<const S*>(a.x);
@@ -156,14 +160,21 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const auto apply_grad = kernels.apply_grad[path];
   const auto count = static_cast<double>(a.problem.per_channel());
 
-  for (std::int64_t c = 0; c < channels; ++c)
-    forward[c] = normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
-                                  value_or<T>(a.bias, c, 0));
+  // n = (v - center) scale of what the loops go by: x, or the result without its activation. With a
+  // weight that makes up for it, the gradient has one form.
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const double w = value_or<T>(a.weight, c, 1), b = value_or<T>(a.bias, c, 0);
+    center[c] = a.from_result ? b : a.mean[c];
+    scale[c] = a.from_result ? 1 / w : a.inv_std[c];
+    weight[c] = a.from_result ? w * w * a.inv_std[c] : w;
+    forward[c] =
+        a.from_result ? Affine<T>{0, 1, 0} : normalisation<T>(a.mean[c], a.inv_std[c], w, b);
+  }
 
   reduce_then_apply(
       grid,
       [&](std::int64_t group, std::int64_t chunk) {
-        grad_sums(grid, group, chunk, grad_y, x, a.mean, forward, fusion, partials);
+        grad_sums(grid, group, chunk, grad_y, x, center, forward, fusion, partials);
       },
       [&](std::int64_t c) {
         GradSums total{0, 0};
@@ -171,16 +182,16 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
           total.g += partials[chunk * channels + c].g;
           total.gx += partials[chunk * channels + c].gx;
         }
-        const double sum_gn = total.gx * a.inv_std[c];
+        const double sum_gn = total.gx * scale[c];
         if (a.grad_weight != nullptr) static_cast<T*>(a.grad_weight)[c] = static_cast<T>(sum_gn);
         if (a.grad_bias != nullptr) static_cast<T*>(a.grad_bias)[c] = static_cast<T>(total.g);
-        // Constant statistics pass no gradient on.
-        const double share = a.batch_statistics ? 1 / count : 0;
-        backward[c] = grad_normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
-                                            total.g * share, sum_gn * share);
+        // Constant statistics pass no gradient on, not even one that is not finite.
+        const double mean_g = a.batch_statistics ? total.g / count : 0;
+        const double mean_gn = a.batch_statistics ? sum_gn / count : 0;
+        backward[c] = grad_normalisation<T>(center[c], scale[c], weight[c], mean_g, mean_gn);
       },
       [&](std::int64_t group, std::int64_t chunk, bool next) {
-        apply_grad(grid, group, chunk, grad_y, x, a.mean, forward, backward, fusion, grad_x,
+        apply_grad(grid, group, chunk, grad_y, x, center, forward, backward, fusion, grad_x,
                    grad_residual, next ? partials : nullptr);
       });
 }

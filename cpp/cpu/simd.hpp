@@ -719,7 +719,7 @@ template <int rows, bool much, class S, class Coefficients, class Value, class B
 BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t length, bool streaming,
                         SharedLine<S>* shared, Coefficients coefficients, Value value,
                         Before before) {
-  constexpr bool large = much || compact;
+  constexpr bool large = much || compact || sizeof(S) != 4;
   constexpr std::int64_t line = line_length<S>, step = 2 * line;
   constexpr std::int64_t block = large || rows > 1 ? step : 4 * line;
   const auto write_at = [&](auto place, S* __restrict at) __attribute__((always_inline)) {
@@ -727,20 +727,11 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) place.write(value(k, place, row), at + row * stride);
   };
-  const auto write_each = [&](std::int64_t begin, std::int64_t end,
-                              S* __restrict at) __attribute__((always_inline)) {
+  const auto write_range = [&](std::int64_t begin, std::int64_t end,
+                               S* __restrict at) __attribute__((always_inline)) {
     each_place<S>(begin, end,
                   [&](auto place) __attribute__((always_inline)) { write_at(place, at); });
   };
-  const auto write_each_once = [&](std::int64_t begin, std::int64_t end, S* __restrict at)
-                                   __attribute__((noinline)) { write_each(begin, end, at); };
-  const auto write_range = [&](std::int64_t begin, std::int64_t end, S* __restrict at)
-                               __attribute__((always_inline)) {
-                                 if constexpr (large)
-                                   write_each_once(begin, end, at);
-                                 else
-                                   write_each(begin, end, at);
-                               };
   const auto stream_at = [&](std::int64_t at, int row) __attribute__((always_inline)) {
     const Place<S> place{at};
     stream_values(value(coefficients(place), place, row), to + row * stride + at);
@@ -756,54 +747,57 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
         for (std::int64_t at = begin; at < end; at += vector_length<S>) stream_at(at, row);
   };
 
-  // Whole lines first to last: a store across two of them costs twice, and cannot be streamed.
-  std::int64_t i = until_next_line(to);
-  if (i > length) i = length;
-  if (i > 0) before(0, i);
-  if (streaming && shared != nullptr && shared->begun) {
-    write_range(0, i, shared->values + line - i);
-    constexpr std::int64_t vectors = 64 / vector_bytes;
-    for (std::int64_t k = 0; k < vectors; ++k)
-      stream_vector(to + i - line + k * line / vectors,
-                    load_vector<u32v>(shared->values + k * line / vectors));
-    shared->begun = false;
-  } else if (i > 0) {
-    write_range(0, i, to);
-  }
-  if (streaming) {
-    // A few lines at a time, so that reads and writes are under way together.
-    for (; i + step <= length; i += step) {
-      before(i, step);
-      stream_lines(i, i + step);
-    }
-  } else {
-    for (; i + block <= length; i += block) {
-      before(i, block);
-      if constexpr (large) {
+  // Whole lines between the ends: a store across two of them costs twice, and cannot be streamed.
+  const std::int64_t head = until_next_line(to) < length ? until_next_line(to) : length;
+  const bool begun = streaming && shared != nullptr && shared->begun;
+  std::int64_t i = 0;
 #pragma GCC unroll 1
-        for (std::int64_t at = 0; at < block; at += vector_length<S>)
-          write_at(Place<S>{i + at}, to);
-      } else {
+  for (int part = 0; part < 2; ++part) {
+    const std::int64_t end = part == 0 ? head : length;
+    const bool continues = part == 1 && streaming && shared != nullptr && shared->continues;
+    if (i < end) {
+      S* at = to;
+      if (part == 0 && begun) at = shared->values + line - head;
+      if (continues) at = shared->values - i;
+      before(i, end - i);
+      write_range(i, end, at);
+      if (continues) shared->begun = true;
+      i = end;
+    }
+    if (part == 1) return;
+    if (begun) {
+      constexpr std::int64_t vectors = 64 / vector_bytes;
+      for (std::int64_t k = 0; k < vectors; ++k)
+        stream_vector(to + head - line + k * line / vectors,
+                      load_vector<u32v>(shared->values + k * line / vectors));
+      shared->begun = false;
+    }
+    if (streaming) {
+      // A few lines at a time, so that reads and writes are under way together.
+      const std::int64_t whole = i + (length - i) / line * line;
+      for (std::int64_t asked = i; i < whole; i += line) {
+        if (i == asked) {
+          const std::int64_t count = whole - i < step ? whole - i : step;
+          before(i, count);
+          asked += count;
+        }
+        stream_lines(i, i + line);
+      }
+    } else {
+      for (; i + block <= length; i += block) {
+        before(i, block);
+        if constexpr (large) {
+#pragma GCC unroll 1
+          for (std::int64_t at = 0; at < block; at += vector_length<S>)
+            write_at(Place<S>{i + at}, to);
+        } else {
 #pragma GCC unroll 8
-        for (std::int64_t at = 0; at < block; at += vector_length<S>)
-          write_at(Place<S>{i + at}, to);
+          for (std::int64_t at = 0; at < block; at += vector_length<S>)
+            write_at(Place<S>{i + at}, to);
+        }
       }
     }
   }
-  if (i == length) return;
-  before(i, length - i);
-  if (streaming) {
-    if (i + line <= length) {
-      stream_lines(i, i + line);
-      i += line;
-    }
-    if (shared != nullptr && shared->continues && i < length) {
-      write_range(i, length, shared->values - i);
-      shared->begun = true;
-      return;
-    }
-  }
-  write_range(i, length, to);
 }
 
 // -- bits -----------------------------------------------------------------------------------------

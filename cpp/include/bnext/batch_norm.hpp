@@ -1,9 +1,10 @@
 // Batch Normalization (Ioffe & Szegedy, 2015, arXiv:1502.03167).
 //
 // Arrays of data are (N, C, *) with channel_axis 1, or (N, *, C) with channel_axis -1, of two or
-// more dimensions, C-contiguous, float32 or float64. Everything per channel is (C,): weight, bias
-// and their gradients have the dtype of the data; statistics that pass from forward to backward
-// are float64, so that nothing is lost where |mean| is far larger than the standard deviation.
+// more dimensions, C-contiguous, of any dtype. Everything per channel is (C,): weight, bias and
+// their gradients have parameter_dtype() of the data's dtype (float32 for float16 and bfloat16);
+// statistics that pass from forward to backward are float64, so that nothing is lost where |mean|
+// is far larger than the standard deviation.
 // m is the number of values per channel, r = 1 / sqrt(var + eps), n = (x - mean) r.
 //
 // Errors: std::invalid_argument for shapes, values and overlapping memory, DTypeError for dtypes.
@@ -17,15 +18,17 @@
 
 namespace bnext {
 
-// What follows the normalisation in the same pass over memory: none, relu, leaky_relu.
+// What follows the normalisation in the same pass over memory: none, relu, leaky_relu, ...
 enum class Activation {
 #define BNEXT_ENUMERATOR(name) name,
   BNEXT_EPILOGUES(BNEXT_ENUMERATOR)
 #undef BNEXT_ENUMERATOR
 };
 
-// Whether the gradient of an activation follows from one bit an element (relu, leaky_relu).
+// Whether the gradient of an activation follows from one bit an element (relu, leaky_relu, relu6).
 bool is_gated(Activation activation);
+// Whether what it was of can be found from the result (none; leaky_relu with a positive slope).
+bool is_invertible(Activation activation, double negative_slope);
 // Bytes that `passes` needs for so many elements.
 std::int64_t passes_bytes(std::int64_t size);
 
@@ -62,7 +65,7 @@ DropoutDraw batch_norm_forward(const BatchNormForward& args, Generator& generato
 //   grad_x = weight r g                      (otherwise: mean and inv_std were constants)
 struct BatchNormBackward {
   Array grad_y;
-  Array x;
+  Array x;        // or, with from_result, y
   Array weight;   // as in forward
   Array bias;     // as in forward; read only if there is an activation
   Array mean;     // from forward
@@ -75,6 +78,11 @@ struct BatchNormBackward {
   DropoutDraw draw;                      // as in forward
   const std::uint8_t* passes = nullptr;  // from forward
   bool batch_statistics = true;
+  // x is not there any more, but y, since forward ran with y = x: n = (activation^-1(y) - bias) /
+  // weight (Rota Bulo et al., 2018, "In-place activated BatchNorm", arXiv:1712.02616). Needs no
+  // activation or leaky_relu with a positive slope, no residual, no dropout, and no weight of 0.
+  // n is as exact as y is: its error grows with |bias / weight|.
+  bool from_result = false;
   Array grad_x;         // out, like x
   Array grad_residual;  // out, like x, optional
   Array grad_weight;    // out, (C,), optional
@@ -85,8 +93,8 @@ void batch_norm_backward(const BatchNormBackward& args);
 // y = activation((x - mean) / sqrt(var + eps) weight + bias + residual), with given statistics.
 struct BatchNormInference {
   Array x;
-  Array mean;    // (C,), dtype of x
-  Array var;     // (C,), dtype of x, not negative
+  Array mean;    // (C,), as weight
+  Array var;     // (C,), as weight, not negative
   Array weight;  // optional: 1
   Array bias;    // optional: 0
   double eps = 1e-5;

@@ -18,7 +18,7 @@ struct DropoutDraw {
 
 // y = x / (1 - p) where element i is kept, 0 where it is dropped.
 //
-// Any shape, float32 or float64; y may be x. p in [0, 1]: 0 copies, 1 gives zeros.
+// Any shape and dtype; y may be x. p in [0, 1]: 0 copies, 1 gives zeros.
 //
 // With a mask_shape, the mask has that shape and is broadcast to x: (N, C, 1, 1) drops whole
 // channels, (N, 1, 1, 1) whole samples, (1, C, H, W) the same elements of all samples. Each extent
