@@ -11,75 +11,9 @@
 #include <cstdio>
 #include <fstream>
 #include <optional>
-#include <random>
-#include <sstream>
 #include <stdexcept>
 
 namespace bench {
-namespace {
-
-constexpr const char* dtype_names[] = {
-#define BENCH_NAME(name, type, compute) #name,
-    BNEXT_DTYPES(BENCH_NAME)
-#undef BENCH_NAME
-};
-constexpr const char* kind_names[] = {"forward", "backward", "inference", "dropout"};
-
-const char* name_of(bnext::DType dtype) {
-  return dtype_names[static_cast<int>(dtype)];
-}
-
-// The place of `name` in a list of names, which is the value of its enumerator.
-template <class Enum, std::size_t size>
-Enum named(const char* const (&names)[size], const std::string& name) {
-  std::string known;
-  for (std::size_t i = 0; i < size; ++i) {
-    if (name == names[i]) return static_cast<Enum>(i);
-    known += std::string(" ") + names[i];
-  }
-  throw std::runtime_error("expected one of" + known + ", got " + name);
-}
-
-}  // namespace
-
-std::string Op::name() const {
-  std::string text = kind_names[static_cast<int>(kind)];
-  if (kind == Kind::dropout) return text;
-  if (residual) text += " residual";
-  if (relu) text += " relu";
-  if (dropout) text += " dropout";
-  return text;
-}
-
-Arrays::Arrays(const Case& k_, bnext::DType dtype_, bool channels_last_)
-    : k(k_),
-      dtype(dtype_),
-      channels_last(channels_last_),
-      x(dtype, k.size()),
-      other(dtype, k.size()),
-      out(dtype, k.size()),
-      more(dtype, k.size()),
-      weight(bnext::parameter_dtype(dtype), k.c),
-      bias(weight.dtype(), k.c),
-      mean(weight.dtype(), k.c),
-      var(weight.dtype(), k.c),
-      grad_weight(weight.dtype(), k.c),
-      grad_bias(weight.dtype(), k.c) {
-  std::mt19937 engine(1);
-  std::normal_distribution<double> normal(0.5, 2);
-  // A block of random numbers, repeated: making hundreds of megabytes would take longer than all.
-  Tensor noise(dtype, 1048573);
-  for (std::int64_t i = 0; i < noise.size(); ++i) noise.set(i, normal(engine));
-  x.repeat(noise, 7);
-  other.repeat(noise, 5);
-  for (std::int64_t i = 0; i < k.c; ++i) {
-    weight.set(i, noise[i]);
-    bias.set(i, noise[i + k.c]);
-  }
-  mean.fill(0.5);
-  var.fill(4);
-}
-
 namespace {
 
 struct Options {
@@ -93,23 +27,6 @@ struct Options {
   std::string only;
   std::string json;
 };
-
-std::vector<Case> read_cases(const std::string& only) {
-  std::ifstream file(BNEXT_SHAPES);
-  if (!file) throw std::runtime_error("cannot read " BNEXT_SHAPES);
-  std::vector<Case> cases;
-  std::string line;
-  std::getline(file, line);
-  while (std::getline(file, line)) {
-    std::istringstream fields(line);
-    Case k;
-    char comma;
-    std::getline(fields, k.name, ',');
-    fields >> k.n >> comma >> k.c >> comma >> k.h >> comma >> k.w;
-    if (k.name.find(only) != std::string::npos) cases.push_back(k);
-  }
-  return cases;
-}
 
 double seconds_of(const std::function<void()>& run, int times) {
   const auto begin = std::chrono::steady_clock::now();
@@ -158,6 +75,7 @@ std::vector<double> take_turns(const std::vector<Contender>& contenders, const O
   // Short runs are repeated, so that the clock and the wake-up of threads do not count.
   const double once = seconds_of(contenders[0].run, 1);
   const int times = options.cold ? 1 : std::max(1, static_cast<int>(100e-6 / once));
+  const int warm_up = once > 5e-3 ? 1 : 3;
   std::vector<std::vector<double>> samples(contenders.size());
   const auto begin = std::chrono::steady_clock::now();
   std::chrono::duration<double> elapsed{};
@@ -166,7 +84,8 @@ std::vector<double> take_turns(const std::vector<Contender>& contenders, const O
       if (options.cold)
         flush();
       else
-        for (int k = 0; k < 3; ++k) contenders[i].run();  // in the state that it leaves itself
+        for (int k = 0; k < warm_up; ++k)
+          contenders[i].run();  // in the state that it leaves itself
       samples[i].push_back(seconds_of(contenders[i].run, times));
     }
     elapsed = std::chrono::steady_clock::now() - begin;
@@ -256,9 +175,10 @@ std::int64_t cache_bytes() {
 void write_json(const std::vector<Row>& rows, const Options& options) {
   std::ofstream file(options.json);
   file << "{\"threads\": " << options.threads << ", \"dtype\": \"" << name_of(options.dtype)
-       << "\", \"layout\": \"" << (options.channels_last ? "nhwc" : "nchw")
-       << "\", \"cache_bytes\": " << cache_bytes() << ", \"backend\": \"" << bnext::backend()
-       << "\", \"version\": \"" << bnext::version() << "\", \"rows\": [\n";
+       << "\", \"layout\": \"" << (options.channels_last ? "nhwc" : "nchw") << "\", \"state\": \""
+       << (options.cold ? "cold" : "warm") << "\", \"cache_bytes\": " << cache_bytes()
+       << ", \"backend\": \"" << bnext::backend() << "\", \"version\": \"" << bnext::version()
+       << "\", \"rows\": [\n";
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row& r = rows[i];
     file << "{\"case\": \"" << r.k.name << "\", \"shape\": [" << r.k.n << ", " << r.k.c << ", "
@@ -293,9 +213,9 @@ Options parse(int argc, char** argv) {
     else if (key == "--fused")
       options.fused = true;
     else if (key == "--dtype")
-      options.dtype = named<bnext::DType>(dtype_names, value());
+      options.dtype = dtype_of(value());
     else if (key == "--op")
-      options.kind = named<Kind>(kind_names, value());
+      options.kind = kind_of(value());
     else
       throw std::runtime_error(
           "unknown option " + key +
@@ -310,7 +230,7 @@ int run(int argc, char** argv) {
   bnext::set_num_threads(options.threads);
   omp_set_num_threads(options.threads);  // of oneDNN
   std::printf("backend %s, %s, %d threads, %s; peers: their time / ours\n",
-              bnext::backend().c_str(), name_of(options.dtype), options.threads,
+              bnext::backend().c_str(), name_of(options.dtype).c_str(), options.threads,
               options.cold ? "caches flushed before each call" : "warm");
   std::vector<Row> rows;
   for (const Case& k : read_cases(options.only)) {

@@ -22,6 +22,9 @@ struct Case {
   }
 };
 
+// Those of shapes.csv whose name contains `only`.
+std::vector<Case> read_cases(const std::string& only);
+
 // The arrays of one case, filled with random numbers.
 struct Arrays {
   Arrays(const Case& k_, bnext::DType dtype_, bool channels_last_);
@@ -48,6 +51,11 @@ struct Op {
   int reads() const { return kind == Kind::backward ? 2 : 1 + residual; }
   int writes() const { return kind == Kind::backward ? 1 + residual : 1; }
 };
+
+// What has that name; raises with the names that there are.
+Kind kind_of(const std::string& name);
+bnext::DType dtype_of(const std::string& name);
+std::string name_of(bnext::DType dtype);
 
 // Somebody's implementation of an operation. Those whose name starts with "limit" only move the
 // bytes; the fastest of them is the streaming limit. Those with "two passes" also make the sums
