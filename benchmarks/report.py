@@ -52,9 +52,9 @@ def load(path: str) -> tuple[dict, Table]:
     return facts, table
 
 
-def operations(table: Table) -> list[str]:
+def operations(*tables: Table) -> list[str]:
     """What was timed, each operation alone and then what was fused with it."""
-    found = {op for op, _ in table}
+    found = {op for table in tables for op, _ in table}
     return [op for kind in OPS for op in (kind, *(f"{kind} {f}" for f in FUSIONS)) if op in found]
 
 
@@ -75,8 +75,15 @@ def best_onednn(case: str, times: dict) -> float | None:
 
 
 def where(facts: dict, table: Table, beyond: bool) -> Table:
-    """The part of a table whose arrays exceed the caches, or do not."""
-    return {key: t for key, t in table.items() if (t["bytes"] > facts["cache_bytes"]) == beyond}
+    """The part of a table in which the arrays of the operation alone exceed the caches, or do not.
+
+    So what is fused with it, which may move more, is of the same shapes.
+    """
+    return {
+        (op, case): times
+        for (op, case), times in table.items()
+        if (table[op.split()[0], case]["bytes"] > facts["cache_bytes"]) == beyond
+    }
 
 
 def summary(values: dict[str, float], worst=min) -> str:
@@ -95,16 +102,25 @@ def lines_of(titles: list[str], rows: dict[str, list[str]]) -> list[str]:
     return head + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
 
 
+# What a column is of: its title, and what `ratios` needs.
+Column = tuple[str, Table, Callable[[str, dict], float | None]]
+
+
+def ratio_lines(ops: list[str], columns: list[Column]) -> list[str]:
+    """A table of contenders' times in units of ours, a row for each operation."""
+    rows = {op: [summary(ratios(table, op, above)) for _, table, above in columns] for op in ops}
+    return lines_of([title for title, _, _ in columns], rows)
+
+
 def speed_table(facts: dict, table: Table, beyond: bool) -> list[str]:
     part = where(facts, table, beyond)
-    titles = [
-        "share of the streaming limit",
-        "share of two passes",
-        "oneDNN nchw / ours",
-        "oneDNN, best layout / ours",
+    columns: list[Column] = [
+        ("share of the streaming limit", part, of(LIMIT)),
+        ("share of two passes", part, of(PASSES)),
+        ("oneDNN nchw / ours", part, of("onednn nchw")),
+        ("oneDNN, best layout / ours", part, best_onednn),
     ]
-    contenders = [of(LIMIT), of(PASSES), of("onednn nchw"), best_onednn]
-    return lines_of(titles, {op: [summary(ratios(part, op, c)) for c in contenders] for op in OPS})
+    return ratio_lines(list(OPS), columns)
 
 
 def variant_table(files: list[str]) -> list[str]:
@@ -154,30 +170,25 @@ def fused_table(facts: dict, table: Table) -> list[str]:
 
 def dtype_table(files: list[str]) -> list[str]:
     """Time of float32 in the same run, in units of that of another dtype."""
-    titles, rows = [], {}
+    columns: list[Column] = []
     for path in files:
         facts, table = load(path)
-        for beyond in (True, False):
-            titles.append(f"{facts['dtype']}, {'beyond' if beyond else 'within'} the cache")
+        for beyond, name in ((True, "beyond"), (False, "within")):
             part = where(facts, table, beyond)
-            for op in operations(table):
-                rows.setdefault(op, []).append(summary(ratios(part, op, of("bnext float32"))))
-    return lines_of(titles, rows)
+            columns.append((f"{facts['dtype']}, {name} the cache", part, of("bnext float32")))
+    return ratio_lines(operations(*(table for _, table, _ in columns)), columns)
 
 
-def peer_table(files: list[str], fused: bool) -> list[str]:
-    """Time of peers in units of ours, of single operations or of fused ones."""
-    titles, rows = [], {}
+def peer_table(files: list[str], wanted: Callable[[str], bool]) -> list[str]:
+    """Time of peers in units of ours."""
+    columns: list[Column] = []
     for path in files:
         facts, table = load(path)
-        names = {n: None for t in table.values() for n in t if n not in ("bnext", "memcpy")}
         prefix = "" if facts["dtype"] == "float32" else facts["dtype"] + ", "
-        titles += [f"{prefix}{name} / ours" for name in names]
-        for op in operations(table):
-            if (op not in OPS) == fused:
-                cells = [summary(ratios(table, op, of(name))) for name in names]
-                rows.setdefault(op, []).extend(cells)
-    return lines_of(titles, rows)
+        names = {n: None for t in table.values() for n in t if n not in ("bnext", "memcpy")}
+        columns += [(f"{prefix}{name} / ours", table, of(name)) for name in names]
+    ops = operations(*(table for _, table, _ in columns))
+    return ratio_lines([op for op in ops if wanted(op)], columns)
 
 
 def case_table(table: Table) -> list[str]:
@@ -239,10 +250,9 @@ def main() -> None:
         "variants": variant_table(options.variants),
         "fused": fused_table(facts, cpp),
         "dtypes": dtype_table(options.dtypes),
-        "peers": peer_table([options.ops], fused=False),
-        "fused peers": peer_table([options.ops], fused=True),
-        "dtype peers": peer_table(options.dtype_ops, fused=False),
-        "fused dtype peers": peer_table(options.dtype_ops, fused=True),
+        "peers": peer_table([options.ops], lambda op: op in OPS),
+        "fused peers": peer_table([options.ops], lambda op: op not in OPS),
+        "dtype peers": peer_table(options.dtype_ops, lambda op: True),
         "cases": case_table(cpp),
     }
     tables = {name: lines for name, lines in tables.items() if lines}
