@@ -1,10 +1,13 @@
 // What the parts of the benchmark share.
 #pragma once
 
+#include <bnext/types.hpp>
 #include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>
+
+#include "tensor.hpp"
 
 namespace bench {
 
@@ -19,31 +22,59 @@ struct Case {
   }
 };
 
-// The arrays of one case, float32: x and grad_y are read, out is written.
+// Those of shapes.csv whose name contains `only`.
+std::vector<Case> read_cases(const std::string& only);
+
+// The arrays of one case, filled with random numbers.
 struct Arrays {
-  const float* x;
-  const float* grad_y;
-  float* out;
-  std::vector<float> weight, bias, mean, var, grad_weight, grad_bias;
+  Arrays(const Case& k_, bnext::DType dtype_, bool channels_last_);
+
+  const Case k;
+  const bnext::DType dtype;
+  const bool channels_last;
+  Tensor x, other;   // read; the other is grad_y in backward and the residual elsewhere
+  Tensor out, more;  // written; more is the gradient of the residual
+  Tensor weight, bias, mean, var, grad_weight, grad_bias;
 };
 
-enum class Op { forward, backward, inference, dropout };
+enum class Kind { forward, backward, inference, dropout };
+
+// An operation of one kind and what is fused with it.
+struct Op {
+  Kind kind;
+  bool residual = false, relu = false, dropout = false;
+
+  std::string name() const;
+  bool training() const { return kind == Kind::forward || kind == Kind::backward; }
+  // Arrays of the size of x that have to be read and written. With a residual, one bit an element
+  // passes from forward to backward, which is not counted.
+  int reads() const { return kind == Kind::backward ? 2 : 1 + residual; }
+  int writes() const { return kind == Kind::backward ? 1 + residual : 1; }
+};
+
+// What has that name; raises with the names that there are.
+Kind kind_of(const std::string& name);
+bnext::DType dtype_of(const std::string& name);
+std::string name_of(bnext::DType dtype);
 
 // Somebody's implementation of an operation. Those whose name starts with "limit" only move the
 // bytes; the fastest of them is the streaming limit. Those with "two passes" also make the sums
 // that training needs.
 struct Contender {
   std::string name;
+  Op op;
   std::function<void()> run;
 };
 
-// streams.cpp: every way to read `reads` arrays and write one, for `training` with sums first.
-void add_streams(int reads, bool training, std::int64_t size, const Arrays& arrays, int threads,
-                 std::vector<Contender>& contenders);
+// ours.cpp: bnext, once its result has been compared with plain loops in double.
+void add_bnext(const std::string& name, const Op& op, Arrays& arrays,
+               std::vector<Contender>& contenders);
 
-// onednn.cpp: batch normalization, with ReLU where `relu`, in each layout. Blocked layouts get
-// arrays of their own, filled with the same values.
-void add_onednn(Op op, const Case& k, Arrays& arrays, bool channels_last, bool relu,
-                std::vector<Contender>& contenders);
+// streams.cpp: every way to read and write as many arrays, in training with sums first.
+void add_streams(const Op& op, Arrays& arrays, int threads, std::vector<Contender>& contenders);
+
+// onednn.cpp: batch normalization, alone and with ReLU, in each layout. Blocked layouts get arrays
+// of their own, filled with the same values.
+void add_onednn(const Op& op, Arrays& arrays, std::vector<Contender>& contenders);
 
 }  // namespace bench
