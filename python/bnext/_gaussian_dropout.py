@@ -132,7 +132,8 @@ def _multiply_noise(x: Array, saved: GaussianDropoutSaved, y: Array) -> None:
         return
     if saved.mask_shape != x.shape:
         noise = gaussian_dropout_noise(saved.seed, saved.offset, saved.mask_shape, saved.p)
-        np.multiply(x, noise, out=y, casting="unsafe")
+        with np.errstate(all="ignore"):  # arithmetic goes where IEEE sends it
+            np.multiply(x, noise, out=y, casting="unsafe")
         return
     flat_x, flat_y = x.reshape(-1), y.reshape(-1)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bnext import _core
 from bnext import functional as F
+from bnext._dtypes import is_half
 from bnext.nn.module import Array
 from bnext.random import Generator
 
@@ -67,20 +69,72 @@ def by_statistics(
     out: Array | None = None,
 ) -> Pass:
     """By constants: `statistics` are mean, var and eps."""
+    if dropout.p > 0:
+        plain = partial(by_statistics, statistics=statistics, options=options, dropout=Dropout())
+        return _in_float32(partial(_then_dropout, plain, dropout), x, residual, out)
     y, saved = _core.batch_norm_inference_forward(
         x, residual=residual, out=out, **{**options, **statistics}
     )
-    drop = None
-    if dropout.p > 0:
-        y, drop = F.dropout_forward(y, dropout.p, generator=dropout.generator, out=y)
 
     def gradients(grad_y: Array, out: Array | None) -> Gradients:
-        if drop is not None:
-            grad_y = F.dropout_backward(grad_y, drop)
         grads = F.batch_norm_backward(grad_y, saved, out=out)
         return Gradients(grads.x, grads.weight, grads.bias, grads.residual)
 
     return Pass(y, gradients, [])
+
+
+def _then_dropout(
+    plain: Callable[..., Pass],
+    dropout: Dropout,
+    x: Array,
+    residual: Array | None,
+    out: Array | None,
+) -> Pass:
+    """`plain` and then dropout, where there is no single pass for both."""
+    result = plain(x, residual=residual, out=out)
+    y, drop = F.dropout_forward(result.y, dropout.p, generator=dropout.generator, out=result.y)
+
+    def gradients(grad_y: Array, out: Array | None) -> Gradients:
+        return result.gradients(F.dropout_backward(grad_y, drop), out)
+
+    return result._replace(y=y, gradients=gradients)
+
+
+def _in_float32(
+    run: Callable[[Array, Array | None, Array | None], Pass],
+    x: Array,
+    residual: Array | None,
+    out: Array | None,
+) -> Pass:
+    """``run(x, residual, out)``, which takes several steps: half types are rounded once, after."""
+    if not is_half(x.dtype):
+        return run(x, residual, out)
+
+    def wide(array: Array) -> Array:
+        return array.astype(np.float32)
+
+    def rounded(array: Array, out: Array | None) -> Array:
+        out = _core.empty_like(x) if out is None else out
+        with np.errstate(all="ignore"):
+            np.copyto(out, array, casting="unsafe")
+        return out
+
+    result = run(wide(x), None if residual is None else wide(residual), None)
+
+    def gradients(grad_y: Array, out: Array | None) -> Gradients:
+        grad_y = np.asanyarray(grad_y)
+        if grad_y.dtype.name != x.dtype.name:
+            raise TypeError(
+                f"batch_norm_backward: grad_y: expected dtype {x.dtype} like the data, "
+                f"got {grad_y.dtype}"
+            )
+        grads = result.gradients(wide(grad_y), None)
+        return grads._replace(
+            x=rounded(grads.x, out),
+            residual=None if grads.residual is None else rounded(grads.residual, None),
+        )
+
+    return result._replace(y=rounded(result.y, out), gradients=gradients)
 
 
 def by_batch(
@@ -100,7 +154,8 @@ def by_batch(
     `channels` ((C,), bool) those that are normalized; by default all.
     """
     if positions is not None or channels is not None:
-        return _by_part(x, options, dropout, residual, positions, channels, rescale, out)
+        part = partial(_by_part, options, dropout, positions, channels, rescale)
+        return _in_float32(part, x, residual, out)
     if rescale is not None and x.size:
         return _renormalized(x, options, dropout, residual, rescale, out)
     y, saved = F.batch_norm_forward(
@@ -187,13 +242,13 @@ def _renormalized(
 
 
 def _by_part(
-    x: Array,
     options: Options,
     dropout: Dropout,
-    residual: Array | None,
     positions: Array | None,
     channels: Array | None,
     rescale: Rescale | None,
+    x: Array,
+    residual: Array | None,
     out: Array | None,
 ) -> Pass:
     """Statistics of a part of x as if they were constants, and in backward what they are not.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,7 +13,8 @@ import numpy.typing as npt
 
 from bnext import _core
 from bnext import functional as F
-from bnext.nn import _normalize
+from bnext._dtypes import DATA, parameter_dtype
+from bnext.nn import _check, _normalize
 from bnext.nn._normalize import Pass
 from bnext.nn._running_stats import RunningStats
 from bnext.nn.module import Array, Backward, Mode, Module, Parameter, number
@@ -64,8 +64,9 @@ class BatchNorm(RunningStats):
         Names of sets of running statistics, for batches from different domains; `bank` chooses.
         There is then no set without a name, and the first is in use.
     channel_axis : 1 or -1, default 1
-    dtype : dtype, default float32
-        Of parameters, running statistics and input.
+    dtype : float32 or float64, default float32
+        Of parameters and running statistics. The input of a float64 layer is float64; that of
+        others float32, float16 or bfloat16.
 
     Attributes
     ----------
@@ -150,9 +151,7 @@ class BatchNorm(RunningStats):
             raise ValueError(f"{kind}: dropout: expected a number in [0, 1], got {dropout}")
         if channel_axis not in (1, -1):
             raise ValueError(f"{kind}: channel_axis: expected 1 or -1, got {channel_axis}")
-        dtype = np.dtype(dtype)
-        if dtype not in (np.float32, np.float64):
-            raise TypeError(f"{kind}: dtype: expected float32 or float64, got {dtype}")
+        dtype = _check.weight_dtype(kind, dtype)
         super().__init__(
             num_features,
             momentum,
@@ -165,7 +164,11 @@ class BatchNorm(RunningStats):
         self.negative_slope = negative_slope
         self.dropout = dropout
         self.generator = generator
-        self.ghost_batch_size = _ghost_batch_size(kind, ghost_batch_size)
+        self.ghost_batch_size = (
+            None
+            if ghost_batch_size is None
+            else _check.integer(kind, "ghost_batch_size", ghost_batch_size, 1)
+        )
         self.channel_axis = channel_axis
         self.weight = Parameter(np.ones(num_features, dtype), decay=False) if affine else None
         self.bias = Parameter(np.zeros(num_features, dtype), decay=False) if affine else None
@@ -341,7 +344,20 @@ class BatchNorm(RunningStats):
                 f"{self.label}: expected {self.num_features} channels on axis "
                 f"{self.channel_axis}, got {x.shape[self.channel_axis]} (shape {x.shape})"
             )
+        own = self._dtype
+        if own is not None and x.dtype.name in DATA and parameter_dtype(x.dtype) != own:
+            expected = own if own == np.float64 else "float32, float16 or bfloat16"
+            raise TypeError(
+                f"{self.label}: x: expected dtype {expected} like the layer, got {x.dtype}"
+            )
         return x
+
+    @property
+    def _dtype(self) -> np.dtype[Any] | None:
+        """Of parameters and statistics, if it has any."""
+        if self.weight is not None:
+            return self.weight.data.dtype
+        return self.running_var.dtype if self.track_running_stats else None
 
     def _check_residual(self, residual: npt.ArrayLike | None, x: Array) -> Array | None:
         if residual is None:
@@ -350,6 +366,10 @@ class BatchNorm(RunningStats):
         if residual.shape != x.shape:
             raise ValueError(
                 f"{self.label}: residual: expected shape {x.shape}, got {residual.shape}"
+            )
+        if residual.dtype.name != x.dtype.name:
+            raise TypeError(
+                f"{self.label}: residual: expected dtype {x.dtype}, got {residual.dtype}"
             )
         return residual
 
@@ -458,20 +478,6 @@ def _channel_mask(kind: str, mask: npt.ArrayLike | None, num_features: int) -> A
         )
     mask.flags.writeable = False
     return mask
-
-
-def _ghost_batch_size(kind: str, size: int | None) -> int | None:
-    if size is None:
-        return None
-    try:
-        size = operator.index(size)
-    except TypeError:
-        raise TypeError(
-            f"{kind}: ghost_batch_size: expected an integer, got {type(size).__name__}"
-        ) from None
-    if size < 1:
-        raise ValueError(f"{kind}: ghost_batch_size: expected 1 or more, got {size}")
-    return size
 
 
 def batch_norms(model: Module) -> Iterator[tuple[str, BatchNorm]]:
