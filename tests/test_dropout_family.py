@@ -814,6 +814,30 @@ def test_mc_dropout_consistent():
     np.testing.assert_allclose(alone, mean[:1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("consistent", [False, True])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_mc_dropout_of_batch_norm(consistent, tracked):
+    """Its dropout is on, and it still normalizes as in evaluation."""
+    norm = nn.BatchNorm(
+        3, activation="relu", dropout=0.4, track_running_stats=tracked, ghost_batch_size=2
+    )
+    model, x = nn.Sequential(nn.Linear(4, 3), norm, nn.Linear(3, 3)), normal((8, 4))
+    model.forward(normal((8, 4), seed=2))
+    before = {key: value.copy() for key, value in model.state_dict().items()}
+    mean, std = bnext.mc_dropout(model, x, 6, consistent=consistent, generator=bnext.Generator(3))
+    full, generator = norm(model[0](x)), bnext.Generator(3)
+    shape = (1, 3) if consistent else (8, 3)
+    passes = [
+        model[2](F.dropout_forward(full, 0.4, mask_shape=shape, generator=generator)[0])
+        for _ in range(6)
+    ]
+    np.testing.assert_allclose(mean, np.mean(passes, 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(std, np.std(passes, 0), rtol=1e-5, atol=1e-6)
+    assert all(np.array_equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (norm.training, norm.consistent, norm.generator) == (True, False, None)
+    np.testing.assert_array_equal(norm.eval().forward(model[0](x))[0], full)
+
+
 def test_mc_dropout_approaches_evaluation():
     """Of a linear function of what is dropped, the mean is that of evaluation."""
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(20, 2, dtype=F64))

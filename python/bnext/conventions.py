@@ -167,7 +167,16 @@ def _of_new_batch(function: str, of_old: Any) -> float:
     of_old = number(function, "momentum", of_old)
     if not 0 <= of_old <= 1:
         raise ValueError(f"{function}: momentum: expected a number in [0, 1], got {of_old}")
-    return float(1 - Decimal(repr(of_old)))  # 1 - 0.99 is 0.01, not 0.010000000000000009
+    return other_momentum(of_old)
+
+
+def other_momentum(momentum: float) -> float:
+    """The weight of the new batch from that of the old statistics, or the other way round.
+
+    >>> other_momentum(0.99)  # not 0.010000000000000009
+    0.01
+    """
+    return float(1 - Decimal(repr(float(momentum))))
 
 
 def _with_state(

@@ -48,10 +48,11 @@ class Pass(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """After the activation; p = 0 is none."""
+    """After the activation; p = 0 is none. Consistent: all samples share one mask."""
 
     p: float = 0.0
     generator: Generator | None = None
+    consistent: bool = False
 
 
 Options = dict[str, Any]
@@ -92,7 +93,14 @@ def _then_dropout(
 ) -> Pass:
     """`plain` and then dropout, where there is no single pass for both."""
     result = plain(x, residual=residual, out=out)
-    y, drop = F.dropout_forward(result.y, dropout.p, generator=dropout.generator, out=result.y)
+    shape = result.y.shape
+    y, drop = F.dropout_forward(
+        result.y,
+        dropout.p,
+        mask_shape=(1, *shape[1:]) if dropout.consistent else None,
+        generator=dropout.generator,
+        out=result.y,
+    )
 
     def gradients(grad_y: Array, out: Array | None) -> Gradients:
         return result.gradients(F.dropout_backward(grad_y, drop), out)
@@ -153,6 +161,16 @@ def by_batch(
     `positions` (like x, with one channel, bool) are those whose values count in the statistics,
     `channels` ((C,), bool) those that are normalized; by default all.
     """
+    if dropout.p > 0 and dropout.consistent:
+        plain = partial(
+            by_batch,
+            options=options,
+            dropout=Dropout(),
+            positions=positions,
+            channels=channels,
+            rescale=rescale,
+        )
+        return _in_float32(partial(_then_dropout, plain, dropout), x, residual, out)
     if positions is not None or channels is not None:
         part = partial(_by_part, options, dropout, positions, channels, rescale)
         return _in_float32(part, x, residual, out)
@@ -230,15 +248,15 @@ def _renormalized(
         "weight": (weight * factor).astype(dtype),
         "bias": (bias + weight * offset).astype(dtype),
     }
-    plain = by_batch(x, {**options, **changed}, dropout, residual=residual, out=out)
+    fused = by_batch(x, {**options, **changed}, dropout, residual=residual, out=out)
 
     def gradients(grad_y: Array, out: Array | None) -> Gradients:
-        grads = plain.gradients(grad_y, out)
+        grads = fused.gradients(grad_y, out)
         assert grads.weight is not None
         assert grads.bias is not None
         return grads._replace(weight=factor * grads.weight + offset * grads.bias)
 
-    return plain._replace(gradients=gradients)
+    return fused._replace(gradients=gradients)
 
 
 def _by_part(

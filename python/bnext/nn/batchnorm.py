@@ -72,6 +72,8 @@ class BatchNorm(RunningStats):
     ----------
     update_stats : bool
         Whether forward passes in training move the running statistics; see `stats_updates`.
+    consistent : bool
+        Of dropout, as that of `Dropout`.
 
     Shape: (N, C, *) -> (N, C, *), or (N, *, C) with channel_axis -1.
 
@@ -164,6 +166,8 @@ class BatchNorm(RunningStats):
         self.negative_slope = negative_slope
         self.dropout = dropout
         self.generator = generator
+        self.consistent = False
+        self._always_drops = False  # bnext.mc_dropout sets both
         self.ghost_batch_size = (
             None
             if ghost_batch_size is None
@@ -280,7 +284,8 @@ class BatchNorm(RunningStats):
         return self.training and self._observer is None
 
     def _dropout(self, as_in_training: bool) -> _normalize.Dropout:
-        return _normalize.Dropout(self.dropout if as_in_training else 0.0, self.generator)
+        p = self.dropout if as_in_training or self._always_drops else 0.0
+        return _normalize.Dropout(p, self.generator, self.consistent)
 
     def _by_batch(
         self, x: Array, residual: Array | None, positions: Array | None, as_in_training: bool

@@ -11,9 +11,10 @@ import numpy as np
 
 from bnext import _core, nn, random
 from bnext.checkpoint import write_atomically
+from bnext.conventions import other_momentum
 from bnext.nn import _check
 from bnext.nn.module import Array, Module
-from bnext.onnx._common import channels_first, channels_last, join, other_momentum, require
+from bnext.onnx._common import channels_first, channels_last, join, require
 from bnext.onnx._graph import Graph
 
 # The first opset in which BatchNormalization has the types and the meaning of today.

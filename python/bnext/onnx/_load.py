@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bnext import nn
+from bnext.conventions import other_momentum
 from bnext.nn.activation import activation_layer
 from bnext.nn.module import Array, Module
 from bnext.onnx._common import (
@@ -19,7 +20,6 @@ from bnext.onnx._common import (
     channels_last,
     decimal,
     join,
-    other_momentum,
     require,
 )
 from bnext.onnx._graph import Graph
