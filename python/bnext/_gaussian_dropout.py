@@ -41,7 +41,8 @@ def gaussian_dropout_forward(
 
     Parameters
     ----------
-    x : array_like, float32 or float64, any shape
+    x : array_like, any shape
+        float32, float64, float16 or bfloat16.
     p : float, default 0.5
         In [0, 1): at 1 the variance would be infinite. 0 copies and draws nothing.
     mask_shape : tuple of int, optional
