@@ -13,6 +13,12 @@ DTYPES = [np.float32, np.float64]
 HALF_DTYPES = [np.float16, ml_dtypes.bfloat16]
 ACTIVATIONS = list(_core.activations)
 
+
+def dtype_name(value):
+    """For the names of tests."""
+    return np.dtype(value).name if value in (*DTYPES, *HALF_DTYPES) else None
+
+
 # DESIGN: |y - y64| <= 5e-6 (1 + |y|) for float32; float64 carries 29 bits more,
 # of which sums of many rounded values take five.
 TOLERANCE = {np.dtype(np.float32): 5e-6, np.dtype(np.float64): 5e-6 / 2**24}
@@ -80,10 +86,14 @@ def data(shape, channel_axis=1, dtype=np.float32, seed=0, offset=3.0):
     return x.astype(dtype)
 
 
+def parameter_dtype(dtype):
+    return np.float64 if dtype == np.float64 else np.float32
+
+
 def parameters(channels, dtype=np.float32, seed=1):
     """weight and bias for data of `dtype`: float32 for those of 16 bits."""
     rng = np.random.default_rng(seed)
-    dtype = np.float64 if dtype == np.float64 else np.float32
+    dtype = parameter_dtype(dtype)
     return rng.normal(size=channels).astype(dtype), rng.normal(size=channels).astype(dtype)
 
 

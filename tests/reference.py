@@ -142,14 +142,15 @@ def dropout_bits(size, seed, offset):
 
 
 def dropout(x, p, seed, offset):
-    """x / (1 - p) where the bits are at least p 2^32, 0 elsewhere."""
+    """x / (1 - p) where the bits are at least p 2^32, 0 elsewhere; half types rounded once."""
     if p == 0:
         return x.copy()
     if p == 1:
         return np.zeros_like(x)
     keep = dropout_bits(x.size, seed, offset) >= np.uint64(round(p * 2**32))
-    scale = x.dtype.type(1 / (1 - p))
-    return np.where(keep.reshape(x.shape), x * scale, x.dtype.type(0))
+    computed = x.astype(np.float32) if x.dtype.itemsize < 4 else x
+    scale = computed.dtype.type(1 / (1 - p))
+    return np.where(keep.reshape(x.shape), computed * scale, 0).astype(x.dtype)
 
 
 def gaussian_noise(size, p, seed, offset):
@@ -171,7 +172,7 @@ def gaussian_noise(size, p, seed, offset):
 def alpha_dropout(x, kept, p):
     """Klambauer et al. (2017), section 2.4, for a given mask."""
     saturation = -1.6732632423543772848170429916717 * 1.0507009873554804934193349852946
-    x, kept = x.astype(Wide), kept.astype(Wide)
+    x, kept = wide(x), kept.astype(Wide)
     if p == 1:
         return np.zeros_like(x)
     a = 1 / np.sqrt((1 - p) + saturation**2 * p * (1 - p))

@@ -14,7 +14,7 @@ import bnext
 import reference
 from bnext import nn, optim
 from bnext.nn import Module, Parameter
-from cases import DTYPES, TOLERANCE, data, shapes
+from cases import DTYPES, HALF_DTYPES, TOLERANCE, data, dtype_name, parameter_dtype, shapes
 from gradcheck import gradcheck
 
 CHANNELS = 5
@@ -41,7 +41,7 @@ def layer_of(chosen, axis=1, dtype=np.float64, channels=CHANNELS, **options):
         kind, options = nn.BatchRenorm, options | {"r_max": 1.1, "d_max": 0.05}
     else:
         kind = nn.BatchNorm
-    norm = kind(channels, channel_axis=axis, dtype=dtype, **options)
+    norm = kind(channels, channel_axis=axis, dtype=parameter_dtype(dtype), **options)
     rng = np.random.default_rng(5)
     for parameter in norm.parameters():
         parameter.data[...] = rng.normal(size=channels)
@@ -73,7 +73,7 @@ class Expected:
 
         on = wide(np.ones(norm.num_features) if norm.channel_mask is None else norm.channel_mask)
         weight, bias = wide(norm.weight.data), wide(norm.bias.data)
-        x = x.astype(reference.Wide)
+        x = reference.wide(x)
         counted = np.ones_like(x) if mask is None else np.broadcast_to(mask, x.shape) * 1.0
         self.n, self.r = np.empty_like(x), np.empty_like(x)
         self.mean, self.var, self.counts, self.counted = [], [], [], counted
@@ -100,12 +100,12 @@ class Expected:
             self.counts.append(count)
         self.on, self.weight, self.other = on, weight, other
         z = weight * (self.n * self.factor + self.offset) + bias
-        z = z if residual is None else z + residual
+        z = z if residual is None else z + reference.wide(residual)
         self.y, self.derivative = reference.activate(z, norm.activation, norm.negative_slope)
 
     def backward(self, grad_y):
         """Gradients of x, weight, bias, residual."""
-        g = grad_y * self.derivative
+        g = reference.wide(grad_y) * self.derivative
         grad_x = np.empty_like(g)
         for group, count in zip(self.groups, self.counts, strict=True):
             n, on = self.n[group], self.on
@@ -172,14 +172,19 @@ def test_gradients_are_those_of_differences(chosen, shape, axis):
 
 @each_combination
 @each_shape
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES, ids=dtype_name)
 def test_values_and_gradients_are_those_of_the_formulas(chosen, shape, axis, dtype):
     check_formulas(*case(chosen, shape, axis, dtype))
 
 
 @settings(max_examples=60, deadline=None)
-@given(drawn=shapes(), chosen=st.sampled_from(COMBINATIONS), seed=st.integers(0, 99))
-def test_any_shape(drawn, chosen, seed):
+@given(
+    drawn=shapes(),
+    dtype=st.sampled_from([np.float32, *HALF_DTYPES]),
+    chosen=st.sampled_from(COMBINATIONS),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(drawn, dtype, chosen, seed):
     shape, axis = drawn
     chosen -= {"ghost_batch_size"}
     mask = None
@@ -188,23 +193,24 @@ def test_any_shape(drawn, chosen, seed):
         mask = np.random.default_rng(seed).random(one) < 0.7
         mask[0], mask[-1] = True, True
         assume(mask.sum() > 1)
-    residual = data(shape, axis, np.float32, seed=8) if "epilogue" in chosen else None
-    norm = layer_of(chosen, axis, np.float32, shape[axis])
-    check_formulas(norm, data(shape, axis, seed=seed), mask, residual, [(0, None)])
+    residual = data(shape, axis, dtype, seed=8) if "epilogue" in chosen else None
+    norm = layer_of(chosen, axis, dtype, shape[axis])
+    check_formulas(norm, data(shape, axis, dtype, seed), mask, residual, [(0, None)])
 
 
 def check_formulas(norm, x, mask, residual, groups):
     expected = Expected(norm, x, mask, residual, groups)
     y, backward = norm.forward(x, residual, mask=mask)
-    dtype = x.dtype
-    grad_y = data(x.shape, norm.channel_axis, dtype, seed=4)
+    grad_y = data(x.shape, norm.channel_axis, x.dtype, seed=4)
     grads = backward(grad_y)
     grads = grads if residual is not None else (grads,)
     results = [y, grads[0], norm.weight.grad, norm.bias.grad, *grads[1:]]
-    for result, wanted in zip(results, [expected.y, *expected.backward(grad_y)], strict=False):
+    kinds = [x.dtype, x.dtype, norm.weight.data.dtype, norm.weight.data.dtype, x.dtype]
+    every_wanted = [expected.y, *expected.backward(grad_y)]
+    for result, dtype, wanted in zip(results, kinds, every_wanted, strict=False):
         assert result.dtype == dtype
         scale = 1 + abs(wanted).max()
-        assert abs(result - wanted).max() <= TOLERANCE[dtype] * scale
+        assert abs(reference.wide(result) - wanted).max() <= TOLERANCE[dtype] * scale
 
 
 @each_combination
@@ -686,7 +692,7 @@ def test_banks_of_a_model():
         ({"channel_mask": [1, 0, 1]}, TypeError, "channel_mask: expected dtype bool, got int"),
         ({"channel_mask": [True]}, ValueError, r"channel_mask: expected shape \(3,\), got \(1,\)"),
         ({"ghost_batch_size": 0}, ValueError, "ghost_batch_size: expected 1 or more, got 0"),
-        ({"ghost_batch_size": 2.5}, TypeError, "ghost_batch_size: expected an integer, got float"),
+        ({"ghost_batch_size": 2.5}, TypeError, "ghost_batch_size: expected an integer, got 2.5"),
         ({"banks": "real"}, TypeError, "banks: expected names, got 'real'"),
         ({"banks": ["a", "a"]}, ValueError, "banks: expected different identifiers .*, got 'a'"),
         ({"banks": ["a.b"]}, ValueError, "banks: expected different identifiers .*, got 'a.b'"),

@@ -1,5 +1,6 @@
 """Masks: the published generator, the layout, the probabilities, and nothing else."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -9,7 +10,7 @@ import bnext
 import reference
 from bnext import _core, nn
 from bnext import functional as F
-from cases import DTYPES
+from cases import DTYPES, HALF_DTYPES, dtype_name
 
 # Random123's known-answer vectors (kat_vectors, philox4x32 10): counter, key, result.
 KNOWN_ANSWERS = [
@@ -29,9 +30,15 @@ def test_known_answers(counter, key, answer):
     assert tuple(int(word) for word in reference.philox4x32_10(counter, key)) == answer
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "p"),
+    [
+        *itertools.product(DTYPES, [0.1, 0.5, 1 / 3, 0.999]),
+        *itertools.product(HALF_DTYPES, [1 / 3]),
+    ],
+    ids=dtype_name,
+)
 @pytest.mark.parametrize("size", [1, 15, 63, 64, 65, 127, 128, 129, 1000, 32768, 32769, 200_001])
-@pytest.mark.parametrize("p", [0.1, 0.5, 1 / 3, 0.999])
 def test_equals_the_reference(backend, dtype, size, p):
     x = np.random.default_rng(0).normal(size=size).astype(dtype)
     y, saved = F.dropout_forward(x, p, generator=bnext.Generator(size))
@@ -81,7 +88,7 @@ def test_share_and_independence(p):
 def test_mask_depends_on_the_element_not_on_shape_or_dtype(backend, restore_threads):
     flat, _ = F.dropout_forward(np.ones(6000, np.float32), generator=bnext.Generator(1))
     for shape in ((6000,), (2, 3000), (10, 20, 30)):
-        for dtype in DTYPES:
+        for dtype in DTYPES + HALF_DTYPES:
             for threads in (1, 2, 4):
                 bnext.set_num_threads(threads)
                 y, _ = F.dropout_forward(np.ones(shape, dtype), generator=bnext.Generator(1))

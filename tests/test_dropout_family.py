@@ -4,6 +4,7 @@ import math
 import os
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ import bnext
 import reference
 from bnext import _core, nn
 from bnext import functional as F
-from cases import DTYPES
+from cases import DTYPES, HALF_DTYPES, dtype_name, parameter_dtype
 from gradcheck import gradcheck
 
 F32, F64 = np.float32, np.float64
@@ -21,8 +22,20 @@ def normal(shape, dtype=F32, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def scale_of(p, dtype):
-    return dtype(0 if p == 1 else 1 / (1 - p))
+def scaled(x, kept, factor):
+    """x times `factor`, in float32 at least, where it is kept, 0 elsewhere; rounded once."""
+    computed = x.astype(parameter_dtype(x.dtype))
+    return np.where(kept, computed * computed.dtype.type(factor), 0).astype(x.dtype)
+
+
+def near(actual, expected, units):
+    """Within `units` roundings of float32 or float64, and one of what is stored."""
+    dtype = actual.dtype
+    eps = units * np.finfo(parameter_dtype(dtype)).eps
+    if dtype in HALF_DTYPES:
+        eps += float(ml_dtypes.finfo(dtype).eps) / 2
+    error = abs(reference.wide(actual) - expected)
+    assert (error <= eps * (4 + abs(expected))).all()
 
 
 def within_binomial(successes, count, p, chance=1e-9):
@@ -66,7 +79,7 @@ mask_shapes = pytest.mark.parametrize(("shape", "mask_shape"), MASK_SHAPES, ids=
 
 
 @mask_shapes
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES, ids=dtype_name)
 def test_broadcast_mask(backend, shape, mask_shape, dtype):
     x = normal(shape, dtype)
     for p in (0.3, 1 / 3, 1, 0):
@@ -75,7 +88,7 @@ def test_broadcast_mask(backend, shape, mask_shape, dtype):
         kept = bits >= np.uint64(round(p * 2**32))
         assert saved.mask_shape == mask_shape
         assert np.array_equal(F.dropout_mask(saved.seed, saved.offset, mask_shape, p), kept)
-        expected = np.where(kept, x * scale_of(p, dtype), 0)
+        expected = scaled(x, kept, 0 if p == 1 else 1 / (1 - p))
         assert np.array_equal(y, expected)
         assert np.array_equal(F.dropout_backward(x, saved), expected)
 
@@ -84,15 +97,10 @@ def test_broadcast_mask(backend, shape, mask_shape, dtype):
         )
         kept = np.broadcast_to(kept, shape)
         expected = reference.alpha_dropout(x, kept, p)
-        tolerance = 4 * np.finfo(dtype).eps
-        np.testing.assert_allclose(y, expected, rtol=tolerance, atol=4 * tolerance)
+        near(y, expected, 4)
         # Linear: what forward does to differences, backward does to gradients.
-        np.testing.assert_allclose(
-            F.dropout_backward(x, saved),
-            expected - reference.alpha_dropout(np.zeros_like(x), kept, p),
-            rtol=tolerance,
-            atol=4 * tolerance,
-        )
+        shift = reference.alpha_dropout(np.zeros_like(x), kept, p)
+        near(F.dropout_backward(x, saved), expected - shift, 4)
 
 
 def test_broadcast_mask_does_not_depend_on_threads(restore_threads):
@@ -221,7 +229,7 @@ def shown(name, saved, p):
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES, ids=dtype_name)
 def test_masks_shown_are_those_used(name, dtype):
     forward, backward, _ = MEMBERS[name]
     x, p = normal(SHAPE, dtype), 0.4
@@ -230,15 +238,14 @@ def test_masks_shown_are_those_used(name, dtype):
     assert (y.dtype, grad_x.dtype) == (dtype, dtype)
     factors = shown(name, saved, p)
     if "alpha" in name:
-        expected = reference.alpha_dropout(x, np.broadcast_to(factors, SHAPE), p)
-        np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+        near(y, reference.alpha_dropout(x, np.broadcast_to(factors, SHAPE), p), 8)
         assert np.array_equal(grad_x != 0, np.broadcast_to(factors, SHAPE))
         return
     if name == "gaussian":
-        expected = x * factors
+        expected = (x * factors).astype(dtype)
     else:
         ratio = factors.size / factors.sum() if name == "drop block" else 1 / (1 - p)
-        expected = np.where(factors, x * dtype(ratio), 0)
+        expected = scaled(x, factors, ratio)
     assert np.array_equal(y, expected)
     assert np.array_equal(grad_x, expected)
     assert F64(factors).std() > 0
@@ -805,6 +812,30 @@ def test_mc_dropout_consistent():
     # Batches of another size get the same masks.
     alone, _ = bnext.mc_dropout(model, x[:1], 4, consistent=True, generator=bnext.Generator(1))
     np.testing.assert_allclose(alone, mean[:1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("consistent", [False, True])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_mc_dropout_of_batch_norm(consistent, tracked):
+    """Its dropout is on, and it still normalizes as in evaluation."""
+    norm = nn.BatchNorm(
+        3, activation="relu", dropout=0.4, track_running_stats=tracked, ghost_batch_size=2
+    )
+    model, x = nn.Sequential(nn.Linear(4, 3), norm, nn.Linear(3, 3)), normal((8, 4))
+    model.forward(normal((8, 4), seed=2))
+    before = {key: value.copy() for key, value in model.state_dict().items()}
+    mean, std = bnext.mc_dropout(model, x, 6, consistent=consistent, generator=bnext.Generator(3))
+    full, generator = norm(model[0](x)), bnext.Generator(3)
+    shape = (1, 3) if consistent else (8, 3)
+    passes = [
+        model[2](F.dropout_forward(full, 0.4, mask_shape=shape, generator=generator)[0])
+        for _ in range(6)
+    ]
+    np.testing.assert_allclose(mean, np.mean(passes, 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(std, np.std(passes, 0), rtol=1e-5, atol=1e-6)
+    assert all(np.array_equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (norm.training, norm.consistent, norm.generator) == (True, False, None)
+    np.testing.assert_array_equal(norm.eval().forward(model[0](x))[0], full)
 
 
 def test_mc_dropout_approaches_evaluation():

@@ -170,7 +170,7 @@ BAD_CALLS = [
     (lambda: nn.BatchNorm(3, channel_axis=2), ValueError, "BatchNorm: channel_axis: expected 1 or -1, got 2"),
     (lambda: layer(nn.BatchNorm(4), X), ValueError, r"BatchNorm: expected 4 channels on axis 1, got 3 \(shape \(4, 3, 5, 5\)\)"),
     (lambda: layer(nn.BatchNorm(3), X[:1, :, :1, :1]), ValueError, r"BatchNorm: 1 value per channel \(shape \(1, 3, 1, 1\)\) in training mode; .*eval\(\)"),
-    (lambda: layer(nn.BatchNorm(3), X.astype(float)), TypeError, "weight: expected dtype float64, got float32"),
+    (lambda: layer(nn.BatchNorm(3), X.astype(float)), TypeError, "x: expected dtype float32, float16 or bfloat16 like the layer, got float64"),
     (lambda: layer(nn.BatchNorm(3), W), ValueError, "x: expected 2 or more dimensions"),
     (lambda: layer(nn.BatchNorm1d(3), X), ValueError, r"BatchNorm1d: expected 2 or 3 dimensions, .*got shape \(4, 3, 5, 5\)"),
     (lambda: layer(nn.BatchNorm2d(3), X[..., 0]), ValueError, r"BatchNorm2d: expected 4 dimensions, .*got shape \(4, 3, 5\)"),

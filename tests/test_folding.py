@@ -5,6 +5,7 @@ import pytest
 
 import bnext
 from bnext import models, nn
+from bnext.nn.activation import activation_layer
 from cases import data
 
 
@@ -98,13 +99,14 @@ def test_by_hand():
     assert not model[0].bias.decay
 
 
-def test_other_activations_keep_a_layer(monkeypatch):
-    """An activation that is not a layer stays in a BatchNorm that changes nothing else."""
-    model, probe, _ = MODELS["linear, leaky"]
-    monkeypatch.setattr("bnext.folding._LAYERS", {})
-    result = bnext.fold(model, probe)
-    assert isinstance(result.model[1], nn.BatchNorm)
-    np.testing.assert_allclose(result.model(probe), model(probe), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("activation", bnext.functional.activations[1:])
+def test_activations_become_layers(activation):
+    norm = nn.BatchNorm(5, activation=activation, negative_slope=0.3)
+    model = sequence(nn.Linear(4, 5), norm)
+    result = bnext.fold(model, ROWS)
+    assert type(result.model[1]) is type(activation_layer(activation))
+    assert not any(module.training for module in result.model.modules())
+    np.testing.assert_allclose(result.model(ROWS), model(ROWS), rtol=1e-5, atol=1e-5)
 
 
 shared = nn.Linear(4, 4)

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 import bnext
+import reference
 from bnext import _core, nn
+from bnext import functional as F
 from bnext.nn import _blas
+from cases import DTYPES, HALF_DTYPES, TOLERANCE, dtype_name
 from gradcheck import gradcheck
 
 F32, F64 = np.float32, np.float64
@@ -102,14 +105,24 @@ def conv(case, dtype=F64):
     return nn.Conv2d(shape[1], **arguments, dtype=dtype), normal(*shape, dtype=dtype)
 
 
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "leaky relu": nn.LeakyReLU(0.2),
+    "relu6": nn.ReLU6(),
+    "hardswish": nn.Hardswish(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+}
+
+
 def layers():
     """Every kind of layer with an input away from kinks."""
     bnext.manual_seed(0)
     return {
         "linear": (nn.Linear(5, 3, dtype=F64), normal(4, 5)),
         "linear, 3 axes": (nn.Linear(5, 3, bias=False, dtype=F64), normal(2, 3, 5)),
-        "relu": (nn.ReLU(), distinct(3, 4)),
-        "leaky relu": (nn.LeakyReLU(0.2), distinct(3, 4)),
+        # From -6.15 to 6.15, and no closer than 0.15 to 0, 3 or 6.
+        **{name: (layer, 30 * distinct(6, 7)) for name, layer in ACTIVATIONS.items()},
         "max pool": (nn.MaxPool2d(2), distinct(2, 3, 6, 5)),
         "max pool, overlapping": (nn.MaxPool2d(3, 2, 1), distinct(2, 2, 7, 6)),
         "max pool, stride 3": (nn.MaxPool2d((2, 4), (3, 1), (1, 2)), distinct(2, 2, 7, 6)),
@@ -213,7 +226,8 @@ def test_pooling_agrees_with_torch(layer, name, shape, dtype):
     compare_with_torch(layer, getattr(torch.nn, name)(**arguments), distinct(*shape).astype(dtype))
 
 
-def compare_with_torch(layer, other, x):
+def compare_with_torch(layer, other, x, single=1e-6):
+    """`single` is the tolerance in float32."""
     import torch
 
     tensor = torch.from_numpy(x).requires_grad_()
@@ -222,27 +236,64 @@ def compare_with_torch(layer, other, x):
     grad_y = normal(*y.shape, seed=3, dtype=x.dtype)
     expected.backward(torch.from_numpy(grad_y))
     grad_x = backward(grad_y)
-    close = dict(rtol=1e-12, atol=1e-12) if x.dtype == F64 else dict(rtol=1e-6, atol=1e-6)
+    tolerance = 1e-12 if x.dtype == F64 else single
+    close = dict(rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(y, expected.detach().numpy(), **close)
     np.testing.assert_allclose(grad_x, tensor.grad.numpy(), **close)
     for name, parameter in layer.named_parameters():
         np.testing.assert_allclose(parameter.grad, getattr(other, name).grad.numpy(), **close)
 
 
-@pytest.mark.parametrize("case", ["linear", "relu", "leaky relu"])
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_values(case, dtype):
+def test_linear_values(dtype):
     x = distinct(4, 5).astype(dtype)
     bnext.manual_seed(0)
-    if case == "linear":
-        layer = nn.Linear(5, 3, dtype=dtype)
-        expected = x @ layer.weight.data.T + layer.bias.data
-    elif case == "relu":
-        layer, expected = nn.ReLU(), np.where(x > 0, x, 0)
-    else:
-        layer, expected = nn.LeakyReLU(0.25), np.where(x > 0, x, x / 4)
+    layer = nn.Linear(5, 3, dtype=dtype)
+    expected = x @ layer.weight.data.T + layer.bias.data
     assert layer(x).dtype == dtype
     np.testing.assert_allclose(layer(x), expected, rtol=4 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3, 5), (70001,)], ids=str)
+def test_activations(backend, case, dtype, shape):
+    """Value and gradient as the reference has them, half types rounded once."""
+    layer = ACTIVATIONS[case]
+    x, grad_y = normal(*shape, seed=5), normal(*shape, seed=6)
+    x, grad_y = (np.asarray(a).astype(dtype) for a in (4 * x, grad_y))
+    wide = reference.wide(x)
+    value, derivative = reference.activate(wide, layer._function, layer.negative_slope)
+    y, backward = layer.forward(x)
+    grad_x = backward(grad_y)
+    np.testing.assert_array_equal(layer(x), y)
+    for result, expected in ((y, value), (grad_x, reference.wide(grad_y) * derivative)):
+        assert result.shape == shape
+        assert result.dtype == dtype
+        error = abs(reference.wide(result) - expected) / (1 + abs(expected))
+        assert error.max(initial=0) <= TOLERANCE[np.dtype(dtype)]
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_activations_agree_with_torch(case, dtype):
+    torch = pytest.importorskip("torch", reason="the comparison is with PyTorch")
+    layer = ACTIVATIONS[case]
+    arguments = {"leaky relu": {"negative_slope": 0.2}, "gelu": {"approximate": "tanh"}}
+    other = getattr(torch.nn, type(layer).__name__)(**arguments.get(case, {}))
+    x = np.linspace(-9, 9, 2001).astype(dtype)
+    x = x[(x != 0) & (abs(x) != 3) & (x != 6)]
+    compare_with_torch(layer, other, x, TOLERANCE[np.dtype(F32)])
+    special = np.array([np.nan, np.inf, -np.inf, 0.0, 1e30, -1e30], dtype)
+    theirs = other(torch.from_numpy(special)).numpy()
+    np.testing.assert_allclose(layer(special), theirs, rtol=1e-6)
+
+
+def test_every_activation_of_batch_norm_is_a_layer():
+    for name in F.activations[1:]:
+        layer = nn.activation.activation_layer(name, 0.3)
+        assert layer._function == name
+        assert layer.negative_slope == (0.3 if name == "leaky_relu" else 0.01)
 
 
 def test_nan_and_infinity():
@@ -403,6 +454,7 @@ def test_sequential_is_a_list_of_layers():
         (nn.Linear(2, 3), "Linear(2, 3)"),
         (nn.MaxPool2d(2), "MaxPool2d(kernel_size=(2, 2), stride=(2, 2), padding=(0, 0))"),
         (nn.LeakyReLU(), "LeakyReLU(negative_slope=0.01)"),
+        (nn.GELU(), "GELU(approximate='tanh')"),
         (nn.Flatten(), "Flatten(start_dim=1, end_dim=-1)"),
         (nn.Sequential(nn.ReLU()), "Sequential(\n  (0): ReLU()\n)"),
     ],
@@ -428,11 +480,14 @@ X = np.zeros((2, 3, 5, 5), F32)
         (nn.Linear(4, 2), X, ValueError, r"expected shape \(\*, 4\), got \(2, 3, 5, 5\)"),
         (nn.Linear(5, 2), X.astype(F64), TypeError, "expected float32.*got float64"),
         (nn.Linear(5, 2), F32(1), ValueError, r"expected shape \(\*, 5\), got \(\)"),
-        (nn.ReLU(), X.astype(int), TypeError, "expected float32 or float64, got int64"),
-        (nn.LeakyReLU(), X.astype(np.float16), TypeError, "got float16"),
+        (nn.ReLU(), X.astype(int), TypeError, "float64, float16 or bfloat16, got int64"),
+        (nn.SiLU(), X.astype(np.complex64), TypeError, "got complex64"),
+        (nn.Conv2d(3, 4, 3), X.astype(np.float16), TypeError, "expected float32.*got float16"),
+        (nn.Linear(5, 2), X.astype(np.float16), TypeError, "expected float32.*got float16"),
         (nn.MaxPool2d(2), X[0], ValueError, r"expected shape \(N, C, H, W\)"),
         (nn.MaxPool2d(6), X, ValueError, "at least 6 and 6 .*got 5x5"),
         (nn.MaxPool2d(2), X.astype(np.uint8), TypeError, "got uint8"),
+        (nn.AvgPool2d(2), X.astype(np.float16), TypeError, "float32 or float64, got float16"),
         (nn.AvgPool2d((7, 2), padding=(0, 1)), X, ValueError, "at least 7 and 0"),
         (nn.GlobalAvgPool2d(), X[:, :, :0], ValueError, r"got shape \(2, 3, 0, 5\)"),
         (nn.Flatten(1, 4), X, ValueError, r"expected axes 1 to 4, got shape \(2, 3, 5, 5\)"),
@@ -479,6 +534,7 @@ def test_wrong_gradients(case):
         (lambda: nn.Conv2d(1, 1, 1, dtype="f2"), TypeError, "dtype: expected .* got float16"),
         (lambda: nn.Linear(1, 0), ValueError, "Linear: out_features: expected 1 or more, got 0"),
         (lambda: nn.Linear(1, 1, dtype=int), TypeError, "Linear: dtype: .* got int64"),
+        (lambda: nn.GELU("none"), ValueError, 'GELU: approximate: expected "tanh", got .none'),
         (lambda: nn.LeakyReLU(np.inf), ValueError, "negative_slope: expected a finite number"),
         (
             lambda: nn.MaxPool2d(2, padding=2),

@@ -98,6 +98,10 @@ LAYERS = {
     "dropout, p=0": (nn.Dropout(0), VECTOR),
     "relu": (nn.ReLU(), IMAGE),
     "leaky relu": (nn.LeakyReLU(0.2), VECTOR),
+    "relu6": (nn.ReLU6(), IMAGE),
+    "hardswish": (nn.Hardswish(), VECTOR),
+    "silu": (nn.SiLU(), IMAGE),
+    "gelu": (nn.GELU(), SEQUENCE),
     "max pool": (nn.MaxPool2d(2), IMAGE),
     "max pool, all options": (nn.MaxPool2d((3, 2), (1, 2), (1, 0)), IMAGE),
     "avg pool": (nn.AvgPool2d(2), IMAGE),
@@ -141,6 +145,18 @@ UNLIKE = {
     "DropBlock2d": (nn.Sequential(nn.DropBlock2d(0.3, 3), nn.ReLU()), IMAGE),
     "statistics of the input": (nn.Sequential(nn.InputStatistics(4), nn.Conv2d(4, 2, 3)), IMAGE),
     "nothing": (nn.Sequential(), VECTOR),
+    "residual, norm": (
+        nn.Residual(nn.Conv2d(4, 4, 3, padding=1), norm=nn.BatchNorm(4, activation="relu")),
+        IMAGE,
+    ),
+    "residual, shortcut, norm over the last axis": (
+        nn.Residual(
+            nn.Linear(9, 5),
+            nn.Linear(9, 5),
+            norm=nn.BatchNorm(5, channel_axis=-1, activation="silu"),
+        ),
+        SEQUENCE,
+    ),
 }
 # What runs the same in onnxruntime and cannot come back.
 ONE_WAY = {

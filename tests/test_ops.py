@@ -1,5 +1,6 @@
 """Every operation on every backend against the NumPy reference, and against itself."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,22 +14,25 @@ from cases import (
     ACTIVATIONS,
     BACKENDS,
     DTYPES,
+    HALF_DTYPES,
     SHAPES,
     TOLERANCE,
     data,
+    dtype_name,
     name_of,
+    parameter_dtype,
     parameters,
     shapes,
 )
 
 cases = pytest.mark.parametrize("case", SHAPES, ids=name_of)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES, ids=dtype_name)
 
 
 def assert_close(actual, expected, unit=1.0):
     """|actual - expected| <= tolerance (unit + |expected|), where unit is the natural size."""
     assert actual.dtype in TOLERANCE
-    error = np.abs(actual - expected) / (unit + np.abs(expected))
+    error = np.abs(reference.wide(actual) - expected) / (unit + np.abs(expected))
     assert actual.shape == expected.shape
     assert error.max(initial=0) <= TOLERANCE[actual.dtype]
 
@@ -64,9 +68,10 @@ def check_against_reference(x, weight, bias, options):
     assert_close(y, inference.y)
 
 
+# The others meet all kinds of kernels in test_fused.py.
 @cases
 @dtypes
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [None, "relu"])
 def test_boundary_shapes(backend, case, dtype, activation):
     shape, channel_axis = case
     weight, bias = parameters(shape[channel_axis], dtype)
@@ -76,7 +81,7 @@ def test_boundary_shapes(backend, case, dtype, activation):
 
 @given(
     case=shapes(),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(DTYPES + HALF_DTYPES),
     has_weight=st.booleans(),
     has_bias=st.booleans(),
     activation=st.sampled_from(ACTIVATIONS),
@@ -116,7 +121,7 @@ def everything(case, dtype):
     x = data(shape, channel_axis, dtype)
     weight, bias = parameters(shape[channel_axis], dtype)
     outputs = []
-    for activation in ACTIVATIONS:
+    for activation in ACTIVATIONS if x.size < 20_000 else [None, "relu", "gelu"]:
         options = {"channel_axis": channel_axis, "activation": activation}
         y, saved = F.batch_norm_forward(x, weight, bias, **options)
         grads = F.batch_norm_backward(np.cos(x), saved)
@@ -128,8 +133,18 @@ def everything(case, dtype):
     return [output.tobytes() for output in outputs]
 
 
-@cases
-@dtypes
+each_bits = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (case, dtype)
+        for case in SHAPES
+        for dtype in (DTYPES + HALF_DTYPES if np.prod(case[0]) < 20_000 else DTYPES)
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, tuple) else dtype_name(value),
+)
+
+
+@each_bits
 def test_same_bits_for_any_number_of_threads(backend, case, dtype, restore_threads):
     results = []
     for threads in (1, 2, 4):
@@ -138,8 +153,7 @@ def test_same_bits_for_any_number_of_threads(backend, case, dtype, restore_threa
     assert results[0] == results[1] == results[2]
 
 
-@cases
-@dtypes
+@each_bits
 def test_same_bits_on_every_backend(case, dtype):
     results = []
     before = _core.backend()
@@ -155,14 +169,14 @@ def test_same_bits_on_every_backend(case, dtype):
 
 @dtypes
 @pytest.mark.parametrize("shape", [(4, 3, 5, 5), (4, 3, 9, 9), (50, 3), (3, 2, 20000)])
-@pytest.mark.parametrize("value", [0.0, 0.1, -1e4, 3e38])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e4, 6e4, 3e38])
 def test_constant_channel_gives_variance_zero_and_bias(backend, dtype, shape, value):
-    x = np.full(shape, value, dtype)
+    x = np.full(shape, min(value, float(ml_dtypes.finfo(dtype).max)), dtype)
     weight, bias = parameters(shape[1], dtype)
     y, saved = F.batch_norm_forward(x, weight, bias)
     assert (saved.var == 0).all()
-    assert (saved.mean == x.flat[0]).all()
-    assert (y == bias.reshape(-1, *[1] * (x.ndim - 2))).all()
+    assert (saved.mean == x.reshape(-1)[0]).all()
+    assert (y == bias.astype(dtype).reshape(-1, *[1] * (x.ndim - 2))).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -210,7 +224,7 @@ def test_relu_stops_any_gradient(backend, shape):
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (5, 3, 0, 2), (4, 0), (4, 0, 7)])
 def test_empty(backend, dtype, shape):
     x = np.zeros(shape, dtype)
-    weight, bias = np.ones(shape[1], dtype), np.ones(shape[1], dtype)
+    weight = bias = np.ones(shape[1], parameter_dtype(dtype))
     y, saved = F.batch_norm_forward(x, weight, bias)
     assert y.shape == shape
     assert np.isnan(saved.mean).all()
@@ -348,8 +362,9 @@ def test_weight_may_change_between_forward_and_backward():
     assert np.array_equal(F.batch_norm_backward(g, saved).x, expected)
 
 
-def test_statistics_have_the_dtype_of_x():
-    for dtype in DTYPES:
+def test_statistics_have_the_dtype_of_x_or_float32():
+    for dtype in DTYPES + HALF_DTYPES:
         _, saved = F.batch_norm_forward(data((4, 3), dtype=dtype))
-        assert saved.mean.dtype == saved.var.dtype == saved.inv_std.dtype == dtype
+        expected = parameter_dtype(dtype)
+        assert saved.mean.dtype == saved.var.dtype == saved.inv_std.dtype == expected
         np.testing.assert_allclose(saved.inv_std, 1 / np.sqrt(saved.var + 1e-5), rtol=1e-6)

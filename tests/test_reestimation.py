@@ -97,9 +97,12 @@ def test_nothing_else_changes():
 def test_frozen_statistics_stay():
     model = deep()
     model[1].freeze()
+    # It normalizes as in evaluation: without dropout too.
+    model[1].dropout, model[1].generator = 0.5, bnext.Generator(1)
     before = state(model[1])
     table = bnext.reestimate(model, PIECES)
     assert [row.name for row in table] == ["3.body.0", "4"]
+    assert model[1].generator.state["offset"] == 0
     assert all(np.array_equal(value, before[key]) for key, value in model[1].state_dict().items())
 
 

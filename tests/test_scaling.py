@@ -490,6 +490,79 @@ def test_options_and_statistics_survive(kind, options):
     np.testing.assert_equal(weights(resumed), weights(model))
 
 
+def moving_average(values, initial, momentum):
+    for value in values:
+        initial = (1 - momentum) * initial + momentum * value
+    return initial
+
+
+@pytest.mark.parametrize("case", ["plain", "ghost batches", "renormalized", "banks"])
+def test_the_initial_variance_has_no_say(case):
+    """s is as if the average had begun with the first batch, or the first of its groups."""
+    options = {"ghost batches": {"ghost_batch_size": 5}, "banks": {"banks": ("a", "b")}}
+    options = options.get(case, {})
+    kind = nn.BatchRenorm if case == "renormalized" else nn.BatchNorm
+    layer = kind(4, dtype=F64, **options)
+    model = nn.Sequential(linear(3, 4), layer)
+    scaling = BatchNormScaling(model, alpha=1, ref=1, clip=None)
+    assert scaling.pairs == (("0", "1"),)
+    xs = [batch(20, 3)[0] * (1 + k) for k in range(3)]
+    variances = []
+    for x in xs:
+        model.forward(x)
+        hidden = model[0](x)
+        for part in np.split(hidden, 4) if case == "ghost batches" else [hidden]:
+            variances.append(part.var(0, ddof=0 if case == "renormalized" else 1) + layer.eps)
+    assert layer.num_batches_tracked == len(variances)
+    power = 0.5 if case == "renormalized" else 1  # what is averaged
+    average = moving_average([var**power for var in variances], 0.0, layer.momentum)
+    expected = (average / (1 - 0.9 ** len(variances))) ** (1 / power)
+    np.testing.assert_allclose(scaling.scales()["0", "1"], expected, rtol=1e-9)
+    if case == "banks":
+        layer.bank("b")
+        np.testing.assert_allclose(scaling.scales()["0", "1"], 1 + layer.eps)
+        layer.bank("a")
+
+    # Re-estimated statistics are what they are.
+    bnext.reestimate(model, xs)
+    np.testing.assert_allclose(scaling.scales()["0", "1"], layer.running_var + layer.eps)
+    model.forward(xs[0])
+    np.testing.assert_allclose(scaling.scales()["0", "1"], layer.running_var + layer.eps)
+    # A resumed run knows it from the optimizer's state.
+    state = scaling.state_dict()
+    keys = [key for key in state if key.startswith("fresh")]
+    assert keys == (["fresh.0.a", "fresh.0.b"] if case == "banks" else ["fresh.0"])
+    resumed = nn.Sequential(linear(3, 4), kind(4, dtype=F64, **options))
+    resumed.load_state_dict(model.state_dict())
+    other = BatchNormScaling(resumed)
+    other.load_state_dict(state)
+    np.testing.assert_equal(other.scales(), scaling.scales())
+    layer.reset_running_stats()
+    assert scaling.state_dict()[keys[0]]
+
+
+@pytest.mark.parametrize("divide", [True, False])
+def test_channels_that_are_not_normalized_are_not_scaled(divide):
+    mask = np.array([True, False, True, True])
+    model = nn.Sequential(linear(3, 4), nn.BatchNorm(4, channel_mask=mask, dtype=F64))
+    other = nn.Sequential(linear(3, 3), nn.BatchNorm(3, dtype=F64))
+    model[1].running_var[...] = [4, 1e6, 9, 16]
+    model[1].weight.data[...] = 0.5
+    other[1].running_var[...], other[1].weight.data[...] = [4, 9, 16], 0.5
+    scale, expected = (
+        BatchNormScaling(m, divide_by_weight=divide).scales()["0", "1"] for m in (model, other)
+    )
+    assert scale[1] == 1
+    np.testing.assert_array_equal(scale[mask], expected)
+
+
+def test_the_norm_of_a_residual_block_is_that_of_its_body():
+    body = nn.Sequential(linear(4, 4), nn.BatchNorm(4), nn.ReLU(), linear(4, 4))
+    block = nn.Residual(body, linear(4, 4), norm=nn.BatchNorm(4))
+    scaling = BatchNormScaling(nn.Sequential(linear(4, 4), block, nn.BatchNorm(4)))
+    assert scaling.pairs == (("1.body.0", "1.body.1"), ("1.body.3", "1.norm"))
+
+
 def test_where_the_variance_came_from_survives():
     model = nn.Sequential(linear(3, 4), norm(4))
     model[1].running_var[...] = 9
@@ -677,7 +750,11 @@ def test_when_statistics_stay():
             r"x: expected 2 channels on axis 1, got shape \(4, 3\)",
         ),
         (lambda: nn.InputStatistics(2)(np.ones(2)), ValueError, r"x: .*, got shape \(2,\)"),
-        (lambda: nn.InputStatistics(2)(np.ones((4, 2), int)), TypeError, "x: expected float32 or"),
+        (
+            lambda: nn.InputStatistics(2)(np.ones((4, 2), int)),
+            TypeError,
+            "x: expected float32, float64",
+        ),
     ],
 )
 def test_bad_calls_of_the_layer(call, error, message):

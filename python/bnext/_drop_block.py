@@ -106,7 +106,8 @@ def drop_block2d_forward(
 
     Parameters
     ----------
-    x : array_like, float32 or float64, (N, C, H, W)
+    x : array_like, (N, C, H, W)
+        float32, float64, float16 or bfloat16.
     p : float, default 0.1
         In [0, 1]: 0 copies and draws nothing, 1 gives zeros.
     block_size : int, default 7

@@ -53,7 +53,8 @@ def channel_dropout_forward(
 
     Parameters
     ----------
-    x : array_like, float32 or float64, (N, C, *) or, with channel_axis -1, (N, *, C)
+    x : array_like, (N, C, *) or, with channel_axis -1, (N, *, C)
+        float32, float64, float16 or bfloat16.
     p, generator, out
         As `dropout_forward`.
     channel_axis : 1 or -1, default 1
@@ -97,7 +98,8 @@ def drop_path_forward(
 
     Parameters
     ----------
-    x : array_like, float32 or float64, (N, *)
+    x : array_like, (N, *)
+        float32, float64, float16 or bfloat16.
     p, generator, out
         As `dropout_forward`.
 
@@ -140,7 +142,8 @@ def feature_alpha_dropout_forward(
 
     Parameters
     ----------
-    x : array_like, float32 or float64, (N, C, *) or, with channel_axis -1, (N, *, C)
+    x : array_like, (N, C, *) or, with channel_axis -1, (N, *, C)
+        float32, float64, float16 or bfloat16.
     p, generator, out
         As `alpha_dropout_forward`.
     channel_axis : 1 or -1, default 1

@@ -41,7 +41,8 @@ def gaussian_dropout_forward(
 
     Parameters
     ----------
-    x : array_like, float32 or float64, any shape
+    x : array_like, any shape
+        float32, float64, float16 or bfloat16.
     p : float, default 0.5
         In [0, 1): at 1 the variance would be infinite. 0 copies and draws nothing.
     mask_shape : tuple of int, optional
@@ -132,7 +133,8 @@ def _multiply_noise(x: Array, saved: GaussianDropoutSaved, y: Array) -> None:
         return
     if saved.mask_shape != x.shape:
         noise = gaussian_dropout_noise(saved.seed, saved.offset, saved.mask_shape, saved.p)
-        np.multiply(x, noise, out=y, casting="unsafe")
+        with np.errstate(all="ignore"):  # arithmetic goes where IEEE sends it
+            np.multiply(x, noise, out=y, casting="unsafe")
         return
     flat_x, flat_y = x.reshape(-1), y.reshape(-1)
 

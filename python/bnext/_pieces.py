@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnext import _core
+from bnext._dtypes import parameter_dtype
 
 Array = npt.NDArray[Any]
 
@@ -41,8 +42,8 @@ def gradient(
 
 
 def factor(value: float, dtype: np.dtype[Any]) -> Array:
-    """`value` in float32 or, for float64, float64, as an array, so that types of data give way."""
-    return np.full(1, value, np.float64 if dtype == np.float64 else np.float32)
+    """`value` for data of `dtype`, as an array: half types give way to its float32."""
+    return np.full(1, value, parameter_dtype(dtype))
 
 
 def each_piece(task: Callable[[slice], None], count: int, size: int) -> None:

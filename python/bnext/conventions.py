@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from bnext._dtypes import parameter_dtype
 from bnext.nn.batchnorm import BatchNorm
 from bnext.nn.module import Array, number
 
@@ -79,7 +80,7 @@ def from_torch(module: Any) -> Converted:
     state = {name: np.asarray(tensor.cpu()) for name, tensor in module.state_dict().items()}
     options = {name: getattr(module, name) for name in names}
     dtype = next((a.dtype for name, a in state.items() if name != "num_batches_tracked"), None)
-    return Converted(options | {"dtype": _our_dtype(dtype)}, state)
+    return Converted(options | {"dtype": parameter_dtype(dtype)}, state)
 
 
 def from_keras(
@@ -166,7 +167,16 @@ def _of_new_batch(function: str, of_old: Any) -> float:
     of_old = number(function, "momentum", of_old)
     if not 0 <= of_old <= 1:
         raise ValueError(f"{function}: momentum: expected a number in [0, 1], got {of_old}")
-    return float(1 - Decimal(repr(of_old)))  # 1 - 0.99 is 0.01, not 0.010000000000000009
+    return other_momentum(of_old)
+
+
+def other_momentum(momentum: float) -> float:
+    """The weight of the new batch from that of the old statistics, or the other way round.
+
+    >>> other_momentum(0.99)  # not 0.010000000000000009
+    0.01
+    """
+    return float(1 - Decimal(repr(float(momentum))))
 
 
 def _with_state(
@@ -183,7 +193,7 @@ def _with_state(
             f"{function}: expected {len(names)} arrays of one shape (C,) for {', '.join(names)}, "
             f"got {len(arrays)} of shapes {shapes}"
         )
-    dtype = _our_dtype(arrays[0].dtype)
+    dtype = parameter_dtype(arrays[0].dtype)
     features = len(arrays[0])
     state = {"weight": np.ones(features, dtype), "bias": np.zeros(features, dtype)}
     if not options["affine"]:
@@ -197,8 +207,3 @@ def _with_state(
         state["running_var"] = (state["running_var"] * (count / (count - 1))).astype(dtype)
     state["num_batches_tracked"] = np.zeros((), np.int64)
     return Converted({"num_features": features, **options, "dtype": dtype}, state)
-
-
-def _our_dtype(dtype: np.dtype[Any] | None) -> np.dtype[Any]:
-    """float64 for itself, float32 for all others, which lose nothing or are not ours."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)

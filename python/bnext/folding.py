@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnext import nn
+from bnext.nn.activation import activation_layer
 from bnext.nn.batchnorm import batch_norms
 from bnext.nn.module import Array, Module, Parameter
 
@@ -112,7 +112,7 @@ def fold(model: Module, probe: npt.ArrayLike, *, tolerance: float = 1e-4) -> Fol
             folded[name] = f"{prefix}{before}"
             kept.pop(name, None)
     probe = np.asanyarray(probe)
-    expected, y = model(probe), result(probe)
+    expected, y = (np.asarray(run(probe), np.float64) for run in (model, result))
     error = float(abs(y - expected).max(initial=0))
     allowed = tolerance * (1 + float(abs(expected).max(initial=0)))
     if not error <= allowed:
@@ -153,26 +153,10 @@ def _absorb(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm) -> None:
     layer.bias = Parameter(shifted.astype(weight.dtype), decay=False)
 
 
-_LAYERS: dict[str, Callable[[nn.BatchNorm], Module]] = {
-    "relu": lambda _: nn.ReLU(),
-    "leaky_relu": lambda norm: nn.LeakyReLU(norm.negative_slope),
-}
-
-
 def _leave_activation(parent: nn.Sequential, name: str, norm: nn.BatchNorm) -> None:
     """Put what is left of `norm` in its place."""
     if norm.activation is None:
         del parent._modules[name]
-    elif norm.activation in _LAYERS:
-        parent.register_module(name, _LAYERS[norm.activation](norm))
-    else:  # normalization that changes nothing has the activation, if no layer has
-        identity = nn.BatchNorm(
-            norm.num_features,
-            eps=0,
-            affine=False,
-            activation=norm.activation,
-            negative_slope=norm.negative_slope,
-            channel_axis=norm.channel_axis,
-            dtype=norm.running_mean.dtype,
-        )
-        parent.register_module(name, identity.freeze().eval())
+    else:
+        layer = activation_layer(norm.activation, norm.negative_slope)
+        parent.register_module(name, layer.eval())

@@ -1,4 +1,9 @@
-"""The operations on NumPy arrays: the functions of the C++ core, and what is made of them."""
+"""The operations on NumPy arrays: the functions of the C++ core, and what is made of them.
+
+Data are float32, float64, float16 or bfloat16 (of ml_dtypes); results are like them. What belongs
+to channels is float64 for float64, else float32. Half types are computed as float32 and rounded
+once.
+"""
 
 from bnext._core import (
     BatchNormGrads,

@@ -108,7 +108,9 @@ def reestimate(model: Module, loader: Iterable[Any]) -> Table[Reestimated]:
     batches = 0
     try:
         for module, _ in modes:
-            module.training = isinstance(module, BatchNorm)
+            module.training = False
+        for layer in layers.values():
+            layer.training = True
         for name, layer in layers.items():
             layer._observer = pools[name].add
         for batch in loader:
@@ -176,6 +178,7 @@ def _replace(layer: BatchNorm, name: str, pool: _Pool) -> Reestimated:
         mean, var = layer._estimates(pool.moments)
         layer.running_mean[active], layer.running_var[active] = mean[active], var[active]
         layer.num_batches_tracked[...] = pool.batches
+        layer._given.add(layer.current_bank)
     after = [array[active].astype(np.float64) for array in (layer.running_mean, layer.running_var)]
     ratio = (before[1] + layer.eps) / (after[1] + layer.eps)
     return Reestimated(

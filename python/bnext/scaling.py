@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnext.nn import BatchNorm, Conv2d, InputStatistics, Linear, Sequential
+from bnext.nn import BatchNorm, Conv2d, InputStatistics, Linear, Residual, Sequential
 from bnext.nn.module import Array, Module, Parameter, number
 
 __all__ = ["BNP", "BatchNormScaling", "GradientScaling"]
@@ -81,8 +81,9 @@ class BatchNormScaling(GradientScaling):
     ----------
     model : Module
         Searched for pairs: a `Conv2d` or `Linear` directly followed by a `BatchNorm` with running
-        statistics in a `Sequential`, nested ones and those inside `Residual` included. The output
-        of a pair's layer goes nowhere else; a weight in use at several places is left out.
+        statistics in a `Sequential`, nested ones and those inside `Residual` included, and as the
+        end of the body of a `Residual` with a norm. The output of a pair's layer goes nowhere else;
+        a weight in use at several places is left out.
     alpha : float, default 0.5
         In [0, 1].
     ref : "geometric_mean" or float > 0, default "geometric_mean"
@@ -108,7 +109,8 @@ class BatchNormScaling(GradientScaling):
     Running variances begin at 1, which is no variance of anything. The share
     :math:`(1 - \text{momentum})^t` that this 1 still has after t batches is taken out, as Adam does
     with its moments. A BatchNorm that has seen no batch and yet has other variances, as after an
-    import, is taken as it is.
+    import, is taken as it is, and so are statistics from `bnext.reestimate`. Of several banks, the
+    one in use counts. Channels that are not normalized (`channel_mask`) keep s = 1.
 
     References
     ----------
@@ -153,11 +155,6 @@ class BatchNormScaling(GradientScaling):
             )
         self.pairs = tuple(found)
         self._layers = list(found.values())
-        # Whether the running variance is an average that begins with 1.
-        self._fresh = [
-            not (norm.num_batches_tracked == 0 and np.any(norm.running_var != 1))
-            for _, norm in self._layers
-        ]
 
     def _set(self, alpha: Any, ref: Any, clip: Any, divide_by_weight: Any) -> None:
         """Check the options, then take them over."""
@@ -187,27 +184,22 @@ class BatchNormScaling(GradientScaling):
     def scales(self) -> dict[tuple[str, str], Array]:
         """The factors s of each pair's rows, as the next step will use them."""
         return {
-            pair: self._scale(norm, fresh)
-            for pair, (_, norm), fresh in zip(self.pairs, self._layers, self._fresh, strict=True)
+            pair: self._scale(norm)
+            for pair, (_, norm) in zip(self.pairs, self._layers, strict=True)
         }
 
-    def _scale(self, norm: BatchNorm, fresh: bool) -> Array:
-        var = norm.running_var.astype(np.float64)
-        if fresh and norm.momentum is not None:
-            share = (1 - norm.momentum) ** int(norm.num_batches_tracked)
-            if share < 1:
-                # A tiny variance may be lost in the rounding of the average.
-                var = np.maximum(var - share, 0) / (1 - share)
-        var += norm.eps
+    def _scale(self, norm: BatchNorm) -> Array:
+        var = norm._collected_var() + norm.eps
+        normalized = np.ones(len(var), bool) if norm.channel_mask is None else norm.channel_mask
         ref = self.ref
         if isinstance(ref, str):
             # A channel without variance has no say; s of all of them is 1 or 0 without others.
-            positive = var[var > 0]
+            positive = var[normalized & (var > 0)]
             ref = float(np.exp(np.log(positive).mean())) if positive.size else 1.0
         scale: Array = np.clip((var / ref) ** self.alpha, *self.clip)
         if self.divide_by_weight and norm.weight is not None:
             scale /= np.maximum(np.abs(norm.weight.data), 0.1)
-        return scale
+        return np.where(normalized, scale, 1.0)
 
     def parameters(self) -> list[Parameter]:
         return [layer.weight for layer, _ in self._layers]
@@ -222,17 +214,22 @@ class BatchNormScaling(GradientScaling):
         return scaled
 
     def state_dict(self) -> dict[str, Any]:
-        fresh = {
-            f"fresh.{first}": value
-            for (first, _), value in zip(self.pairs, self._fresh, strict=True)
-        }
+        fresh = {name: bank not in norm._given for name, norm, bank in self._averages()}
         # A list, as JSON gives it back.
         return {**self._options(), "clip": list(self.clip), **fresh}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         values = {name: np.asarray(state[name]).tolist() for name in self._options()}
         self._set(**values)
-        self._fresh = [bool(state[f"fresh.{first}"]) for first, _ in self.pairs]
+        for name, norm, bank in self._averages():
+            (norm._given.discard if state[name] else norm._given.add)(bank)
+
+    def _averages(self) -> Iterator[tuple[str, BatchNorm, str | None]]:
+        """Each running variance: what its origin is called in the state, its layer and bank."""
+        for (first, _), (_, norm) in zip(self.pairs, self._layers, strict=True):
+            norm._notice_given()
+            for bank in norm.banks or (None,):
+                yield f"fresh.{first}" + (f".{bank}" if bank else ""), norm, bank
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -378,15 +375,23 @@ def _neighbours(model: Module) -> Iterator[tuple[str, Module, str, Module]]:
 
 def _places(name: str, module: Module) -> Iterator[tuple[str, Module | None]]:
     """Layers in the order in which they work; None where another order or a branch begins."""
-    children = [
-        (f"{name}.{child}" if name else child, layer) for child, layer in module._modules.items()
-    ]
+    # A BatchNorm's banks are no layers.
+    children = {} if isinstance(module, BatchNorm) else module._modules
     if not children:
         yield name, module
-    for path, child in children:
-        if isinstance(module, Sequential):
-            yield from _places(path, child)
-        else:
+    for chain in _chains(module, list(children)):
+        if not isinstance(module, Sequential):
             yield name, None
-            yield from _places(path, child)
+        for child in chain:
+            yield from _places(f"{name}.{child}" if name else child, children[child])
+        if not isinstance(module, Sequential):
             yield name, None
+
+
+def _chains(module: Module, children: list[str]) -> list[list[str]]:
+    """The names of `children`, those together of which one gets the other's output."""
+    if isinstance(module, Sequential):
+        return [children]
+    if isinstance(module, Residual) and module.norm is not None:
+        return [["body", "norm"], *([name] for name in children if name not in ("body", "norm"))]
+    return [[name] for name in children]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnext.nn import _check
+from bnext.nn.batchnorm import BatchNorm
 from bnext.nn.dropout import Dropout
 from bnext.nn.module import Array, Module
 from bnext.random import Generator
@@ -37,7 +38,7 @@ def mc_dropout(
 
     BatchNorm uses its running statistics, and does not change them, whatever mode the model is
     in; afterwards it is in that mode again. Dropout layers are `bnext.nn.Dropout` and those that
-    derive from it.
+    derive from it, and each `bnext.nn.BatchNorm` with `dropout`.
 
     Parameters
     ----------
@@ -109,8 +110,8 @@ def mc_dropout(
 def _dropping(model: Module, consistent: bool, generator: Generator | None) -> Iterator[None]:
     """Dropout layers in training mode, all other modules in evaluation mode."""
     modules = list(model.modules())
-    layers = [module for module in modules if isinstance(module, Dropout)]
-    if not any(layer.p > 0 for layer in layers):
+    layers = [module for module in modules if isinstance(module, Dropout | BatchNorm)]
+    if not any((layer.p if isinstance(layer, Dropout) else layer.dropout) > 0 for layer in layers):
         raise ValueError("mc_dropout: model: expected a dropout layer with p > 0, found none")
     modes = [module.training for module in modules]
     before = [(layer.consistent, layer.generator) for layer in layers]
@@ -118,6 +119,8 @@ def _dropping(model: Module, consistent: bool, generator: Generator | None) -> I
         for module in modules:
             module.training = isinstance(module, Dropout)
         for layer in layers:
+            if isinstance(layer, BatchNorm):
+                layer._always_drops = True
             layer.consistent = consistent
             if generator is not None:
                 layer.generator = generator
@@ -127,3 +130,5 @@ def _dropping(model: Module, consistent: bool, generator: Generator | None) -> I
             module.training = mode
         for layer, (shared, own) in zip(layers, before, strict=True):
             layer.consistent, layer.generator = shared, own
+            if isinstance(layer, BatchNorm):
+                layer._always_drops = False

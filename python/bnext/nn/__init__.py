@@ -1,7 +1,7 @@
 """Layers: ``y = layer(x)`` evaluates, ``y, backward = layer.forward(x)`` trains."""
 
 from bnext.nn._running_stats import stats_updates, use_bank
-from bnext.nn.activation import LeakyReLU, ReLU
+from bnext.nn.activation import GELU, Hardswish, LeakyReLU, ReLU, ReLU6, SiLU
 from bnext.nn.alpha_dropout import AlphaDropout, FeatureAlphaDropout
 from bnext.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bnext.nn.batchrenorm import BatchRenorm
@@ -17,6 +17,7 @@ from bnext.nn.module import Module, Parameter
 from bnext.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 
 __all__ = [
+    "GELU",
     "AlphaDropout",
     "AvgPool2d",
     "BatchNorm",
@@ -35,6 +36,7 @@ __all__ = [
     "Flatten",
     "GaussianDropout",
     "GlobalAvgPool2d",
+    "Hardswish",
     "InputStatistics",
     "LeakyReLU",
     "Linear",
@@ -42,8 +44,10 @@ __all__ = [
     "Module",
     "Parameter",
     "ReLU",
+    "ReLU6",
     "Residual",
     "Sequential",
+    "SiLU",
     "stats_updates",
     "use_bank",
 ]

@@ -8,17 +8,20 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from bnext import _dtypes
 from bnext.nn.module import Array, Module
 
 Pair = tuple[int, int]
 
+_WEIGHTS = (np.float32, np.float64)
+
 
 def floating(module: Module, x: npt.ArrayLike, dtype: np.dtype[Any] | None = None) -> Array:
-    """`x` as an array of `dtype`, by default float32 or float64; TypeError if it is another."""
+    """`x` as an array of `dtype`, by default of any of ours; TypeError if it is another."""
     array = np.asarray(x)
     if dtype is None:
-        if array.dtype not in (np.float32, np.float64):
-            raise TypeError(f"{module.label}: x: expected float32 or float64, got {array.dtype}")
+        if array.dtype.name not in _dtypes.DATA:
+            raise TypeError(f"{module.label}: x: expected {_dtypes.NAMES}, got {array.dtype}")
     elif array.dtype != dtype:
         raise TypeError(f"{module.label}: x: expected {dtype}, as its weight, got {array.dtype}")
     return array
@@ -31,8 +34,13 @@ def images(
     channels: int | None = None,
     dtype: np.dtype[Any] | None = None,
 ) -> Array:
-    """`x` as a contiguous array (N, C, H, W) with `channels` channels, by default any number."""
-    array = floating(module, x, dtype)
+    """`x` as a contiguous array (N, C, H, W) with `channels` channels, by default any number.
+
+    Without `dtype`, float32 or float64: convolution and pooling have no half types.
+    """
+    array = np.asarray(x) if dtype is None else floating(module, x, dtype)
+    if array.dtype not in _WEIGHTS:
+        raise TypeError(f"{module.label}: x: expected float32 or float64, got {array.dtype}")
     if array.ndim != 4:
         raise ValueError(f"{module.label}: x: expected shape (N, C, H, W), got {array.shape}")
     if channels is not None and array.shape[1] != channels:
@@ -49,13 +57,13 @@ def gradient(module: Module, grad_y: npt.ArrayLike, y: tuple[int, ...], dtype: A
         raise ValueError(f"{module.label}: grad_y: expected shape {y}, got {array.shape}")
     if array.dtype != dtype:
         raise TypeError(f"{module.label}: grad_y: expected {dtype}, got {array.dtype}")
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")
 
 
 def weight_dtype(kind: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
     """`dtype` as a NumPy dtype; TypeError unless it is float32 or float64."""
     wanted = np.dtype(dtype)
-    if wanted not in (np.float32, np.float64):
+    if wanted not in _WEIGHTS:
         raise TypeError(f"{kind}: dtype: expected float32 or float64, got {wanted}")
     return wanted
 

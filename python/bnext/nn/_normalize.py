@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bnext import _core
 from bnext import functional as F
+from bnext._dtypes import is_half
 from bnext.nn.module import Array
 from bnext.random import Generator
 
@@ -46,10 +48,11 @@ class Pass(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """After the activation; p = 0 is none."""
+    """After the activation; p = 0 is none. Consistent: all samples share one mask."""
 
     p: float = 0.0
     generator: Generator | None = None
+    consistent: bool = False
 
 
 Options = dict[str, Any]
@@ -67,20 +70,79 @@ def by_statistics(
     out: Array | None = None,
 ) -> Pass:
     """By constants: `statistics` are mean, var and eps."""
+    if dropout.p > 0:
+        plain = partial(by_statistics, statistics=statistics, options=options, dropout=Dropout())
+        return _in_float32(partial(_then_dropout, plain, dropout), x, residual, out)
     y, saved = _core.batch_norm_inference_forward(
         x, residual=residual, out=out, **{**options, **statistics}
     )
-    drop = None
-    if dropout.p > 0:
-        y, drop = F.dropout_forward(y, dropout.p, generator=dropout.generator, out=y)
 
     def gradients(grad_y: Array, out: Array | None) -> Gradients:
-        if drop is not None:
-            grad_y = F.dropout_backward(grad_y, drop)
         grads = F.batch_norm_backward(grad_y, saved, out=out)
         return Gradients(grads.x, grads.weight, grads.bias, grads.residual)
 
     return Pass(y, gradients, [])
+
+
+def _then_dropout(
+    plain: Callable[..., Pass],
+    dropout: Dropout,
+    x: Array,
+    residual: Array | None,
+    out: Array | None,
+) -> Pass:
+    """`plain` and then dropout, where there is no single pass for both."""
+    result = plain(x, residual=residual, out=out)
+    shape = result.y.shape
+    y, drop = F.dropout_forward(
+        result.y,
+        dropout.p,
+        mask_shape=(1, *shape[1:]) if dropout.consistent else None,
+        generator=dropout.generator,
+        out=result.y,
+    )
+
+    def gradients(grad_y: Array, out: Array | None) -> Gradients:
+        return result.gradients(F.dropout_backward(grad_y, drop), out)
+
+    return result._replace(y=y, gradients=gradients)
+
+
+def _in_float32(
+    run: Callable[[Array, Array | None, Array | None], Pass],
+    x: Array,
+    residual: Array | None,
+    out: Array | None,
+) -> Pass:
+    """``run(x, residual, out)``, which takes several steps: half types are rounded once, after."""
+    if not is_half(x.dtype):
+        return run(x, residual, out)
+
+    def wide(array: Array) -> Array:
+        return array.astype(np.float32)
+
+    def rounded(array: Array, out: Array | None) -> Array:
+        out = _core.empty_like(x) if out is None else out
+        with np.errstate(all="ignore"):
+            np.copyto(out, array, casting="unsafe")
+        return out
+
+    result = run(wide(x), None if residual is None else wide(residual), None)
+
+    def gradients(grad_y: Array, out: Array | None) -> Gradients:
+        grad_y = np.asanyarray(grad_y)
+        if grad_y.dtype.name != x.dtype.name:
+            raise TypeError(
+                f"batch_norm_backward: grad_y: expected dtype {x.dtype} like the data, "
+                f"got {grad_y.dtype}"
+            )
+        grads = result.gradients(wide(grad_y), None)
+        return grads._replace(
+            x=rounded(grads.x, out),
+            residual=None if grads.residual is None else rounded(grads.residual, None),
+        )
+
+    return result._replace(y=rounded(result.y, out), gradients=gradients)
 
 
 def by_batch(
@@ -99,8 +161,19 @@ def by_batch(
     `positions` (like x, with one channel, bool) are those whose values count in the statistics,
     `channels` ((C,), bool) those that are normalized; by default all.
     """
+    if dropout.p > 0 and dropout.consistent:
+        plain = partial(
+            by_batch,
+            options=options,
+            dropout=Dropout(),
+            positions=positions,
+            channels=channels,
+            rescale=rescale,
+        )
+        return _in_float32(partial(_then_dropout, plain, dropout), x, residual, out)
     if positions is not None or channels is not None:
-        return _by_part(x, options, dropout, residual, positions, channels, rescale, out)
+        part = partial(_by_part, options, dropout, positions, channels, rescale)
+        return _in_float32(part, x, residual, out)
     if rescale is not None and x.size:
         return _renormalized(x, options, dropout, residual, rescale, out)
     y, saved = F.batch_norm_forward(
@@ -175,25 +248,25 @@ def _renormalized(
         "weight": (weight * factor).astype(dtype),
         "bias": (bias + weight * offset).astype(dtype),
     }
-    plain = by_batch(x, {**options, **changed}, dropout, residual=residual, out=out)
+    fused = by_batch(x, {**options, **changed}, dropout, residual=residual, out=out)
 
     def gradients(grad_y: Array, out: Array | None) -> Gradients:
-        grads = plain.gradients(grad_y, out)
+        grads = fused.gradients(grad_y, out)
         assert grads.weight is not None
         assert grads.bias is not None
         return grads._replace(weight=factor * grads.weight + offset * grads.bias)
 
-    return plain._replace(gradients=gradients)
+    return fused._replace(gradients=gradients)
 
 
 def _by_part(
-    x: Array,
     options: Options,
     dropout: Dropout,
-    residual: Array | None,
     positions: Array | None,
     channels: Array | None,
     rescale: Rescale | None,
+    x: Array,
+    residual: Array | None,
     out: Array | None,
 ) -> Pass:
     """Statistics of a part of x as if they were constants, and in backward what they are not.

@@ -46,6 +46,8 @@ class RunningStats(Module):
         self._observer: Callable[[Moments], None] | None = None
         self.banks: tuple[str, ...] = ()
         self.current_bank: str | None = None
+        # Banks (None where there are none) whose variance is no average that began with 1.
+        self._given: set[str | None] = set()
 
     def _add_running_stats(self, banks: Iterable[str], dtype: np.dtype[Any]) -> None:
         """The last of what a layer's constructor does: banks may not take its attributes' names."""
@@ -103,6 +105,7 @@ class RunningStats(Module):
         for module in self.modules():
             for key, buffer in module._buffers.items():
                 buffer[...] = 1 if key == "running_var" else 0
+        self._given.clear()
 
     def freeze(self, stats: bool = True, affine: bool = True) -> Self:
         """Keep statistics and parameters as they are, whatever `train` says; return the layer.
@@ -136,6 +139,7 @@ class RunningStats(Module):
     def _update_running_stats(self, moments: Moments) -> None:
         if moments.count == 0:
             return
+        self._notice_given()
         step = int(self.num_batches_tracked) + 1
         weight = 1 / step if self.momentum is None else self.momentum
         active = slice(None) if self.channel_mask is None else self.channel_mask
@@ -158,6 +162,25 @@ class RunningStats(Module):
         self.running_mean[active] = mean
         self.running_var[active] = var
 
+    def _notice_given(self) -> None:
+        """A variance that is another than 1 before the first batch has come from elsewhere."""
+        for bank in self.banks or (None,):
+            buffers = self._buffers if bank is None else self._modules[bank]._buffers
+            if buffers["num_batches_tracked"] == 0 and (buffers["running_var"] != 1).any():
+                self._given.add(bank)
+
+    @property
+    def _share_of_initial(self) -> float:
+        """The weight that the 1 it began with still has in the running variance."""
+        self._notice_given()
+        if self.momentum is None or self.current_bank in self._given:
+            return 0.0
+        return float((1 - self.momentum) ** int(self.num_batches_tracked))
+
+    def _collected_var(self) -> Array:
+        """Running variance in float64 without what it still has of the 1 it began with."""
+        return _without_initial(self.running_var.astype(np.float64), self._share_of_initial, 1.0)
+
     def _estimates(self, moments: Moments) -> tuple[Array, Array]:
         """Mean and (unbiased) variance, for the running statistics."""
         return moments.mean, moments.var * (moments.count / (moments.count - 1))
@@ -169,6 +192,15 @@ class RunningStats(Module):
             (1 - weight) * self.running_mean.astype(np.float64) + weight * mean,
             (1 - weight) * self.running_var.astype(np.float64) + weight * var,
         )
+
+
+def _without_initial(average: Array, share: float, initial: float) -> Array:
+    """`average` without its `share` of `initial`, or itself if it has nothing else."""
+    if share == 1:
+        return average
+    # What is tiny may be lost in the rounding of the average.
+    rest: Array = np.maximum(average - share * initial, 0) / (1 - share)
+    return rest
 
 
 class _Bank(Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,7 +13,8 @@ import numpy.typing as npt
 
 from bnext import _core
 from bnext import functional as F
-from bnext.nn import _normalize
+from bnext._dtypes import DATA, parameter_dtype
+from bnext.nn import _check, _normalize
 from bnext.nn._normalize import Pass
 from bnext.nn._running_stats import RunningStats
 from bnext.nn.module import Array, Backward, Mode, Module, Parameter, number
@@ -64,13 +64,16 @@ class BatchNorm(RunningStats):
         Names of sets of running statistics, for batches from different domains; `bank` chooses.
         There is then no set without a name, and the first is in use.
     channel_axis : 1 or -1, default 1
-    dtype : dtype, default float32
-        Of parameters, running statistics and input.
+    dtype : float32 or float64, default float32
+        Of parameters and running statistics. The input of a float64 layer is float64; that of
+        others float32, float16 or bfloat16.
 
     Attributes
     ----------
     update_stats : bool
         Whether forward passes in training move the running statistics; see `stats_updates`.
+    consistent : bool
+        Of dropout, as that of `Dropout`.
 
     Shape: (N, C, *) -> (N, C, *), or (N, *, C) with channel_axis -1.
 
@@ -150,9 +153,7 @@ class BatchNorm(RunningStats):
             raise ValueError(f"{kind}: dropout: expected a number in [0, 1], got {dropout}")
         if channel_axis not in (1, -1):
             raise ValueError(f"{kind}: channel_axis: expected 1 or -1, got {channel_axis}")
-        dtype = np.dtype(dtype)
-        if dtype not in (np.float32, np.float64):
-            raise TypeError(f"{kind}: dtype: expected float32 or float64, got {dtype}")
+        dtype = _check.weight_dtype(kind, dtype)
         super().__init__(
             num_features,
             momentum,
@@ -165,7 +166,13 @@ class BatchNorm(RunningStats):
         self.negative_slope = negative_slope
         self.dropout = dropout
         self.generator = generator
-        self.ghost_batch_size = _ghost_batch_size(kind, ghost_batch_size)
+        self.consistent = False
+        self._always_drops = False  # bnext.mc_dropout sets both
+        self.ghost_batch_size = (
+            None
+            if ghost_batch_size is None
+            else _check.integer(kind, "ghost_batch_size", ghost_batch_size, 1)
+        )
         self.channel_axis = channel_axis
         self.weight = Parameter(np.ones(num_features, dtype), decay=False) if affine else None
         self.bias = Parameter(np.zeros(num_features, dtype), decay=False) if affine else None
@@ -277,7 +284,8 @@ class BatchNorm(RunningStats):
         return self.training and self._observer is None
 
     def _dropout(self, as_in_training: bool) -> _normalize.Dropout:
-        return _normalize.Dropout(self.dropout if as_in_training else 0.0, self.generator)
+        p = self.dropout if as_in_training or self._always_drops else 0.0
+        return _normalize.Dropout(p, self.generator, self.consistent)
 
     def _by_batch(
         self, x: Array, residual: Array | None, positions: Array | None, as_in_training: bool
@@ -341,7 +349,20 @@ class BatchNorm(RunningStats):
                 f"{self.label}: expected {self.num_features} channels on axis "
                 f"{self.channel_axis}, got {x.shape[self.channel_axis]} (shape {x.shape})"
             )
+        own = self._dtype
+        if own is not None and x.dtype.name in DATA and parameter_dtype(x.dtype) != own:
+            expected = own if own == np.float64 else "float32, float16 or bfloat16"
+            raise TypeError(
+                f"{self.label}: x: expected dtype {expected} like the layer, got {x.dtype}"
+            )
         return x
+
+    @property
+    def _dtype(self) -> np.dtype[Any] | None:
+        """Of parameters and statistics, if it has any."""
+        if self.weight is not None:
+            return self.weight.data.dtype
+        return self.running_var.dtype if self.track_running_stats else None
 
     def _check_residual(self, residual: npt.ArrayLike | None, x: Array) -> Array | None:
         if residual is None:
@@ -350,6 +371,10 @@ class BatchNorm(RunningStats):
         if residual.shape != x.shape:
             raise ValueError(
                 f"{self.label}: residual: expected shape {x.shape}, got {residual.shape}"
+            )
+        if residual.dtype.name != x.dtype.name:
+            raise TypeError(
+                f"{self.label}: residual: expected dtype {x.dtype}, got {residual.dtype}"
             )
         return residual
 
@@ -458,20 +483,6 @@ def _channel_mask(kind: str, mask: npt.ArrayLike | None, num_features: int) -> A
         )
     mask.flags.writeable = False
     return mask
-
-
-def _ghost_batch_size(kind: str, size: int | None) -> int | None:
-    if size is None:
-        return None
-    try:
-        size = operator.index(size)
-    except TypeError:
-        raise TypeError(
-            f"{kind}: ghost_batch_size: expected an integer, got {type(size).__name__}"
-        ) from None
-    if size < 1:
-        raise ValueError(f"{kind}: ghost_batch_size: expected 1 or more, got {size}")
-    return size
 
 
 def batch_norms(model: Module) -> Iterator[tuple[str, BatchNorm]]:

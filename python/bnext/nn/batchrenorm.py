@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bnext.nn._normalize import Moments
+from bnext.nn._running_stats import _without_initial
 from bnext.nn.batchnorm import BatchNorm
 from bnext.nn.module import Array, number
 
@@ -115,6 +116,11 @@ class BatchRenorm(BatchNorm):
         mean, _ = super()._moved(moments, weight)
         sigma = (1 - weight) * self._sigma(self.running_var) + weight * self._sigma(moments.var)
         return mean, np.maximum(np.square(sigma) - self.eps, 0)
+
+    def _collected_var(self) -> Array:
+        share, initial = self._share_of_initial, float(np.sqrt(1 + self.eps))
+        sigma = _without_initial(self._sigma(self.running_var), share, initial)
+        return np.maximum(np.square(sigma) - self.eps, 0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"

@@ -30,7 +30,7 @@ class Dropout(Module):
     consistent : bool
         Whether all samples of a batch (axis 0) share one mask. False; `bnext.mc_dropout` sets it.
 
-    Shape: any, kept.
+    Shape: any, kept, and so is the dtype: float32, float64, float16 or bfloat16.
 
     References
     ----------

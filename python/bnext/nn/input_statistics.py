@@ -42,8 +42,8 @@ class InputStatistics(Module):
 
     Notes
     -----
-    x is (N, C, \*), or (N, \*, C) with channel_axis -1, float32 or float64, and is returned as it
-    is.
+    x is (N, C, \*), or (N, \*, C) with channel_axis -1; float32, float64, float16 or bfloat16. It
+    is returned as it is.
 
     Raises
     ------

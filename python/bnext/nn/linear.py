@@ -30,8 +30,8 @@ class Linear(Module):
 
     Notes
     -----
-    x is (*, in_features) of `dtype`; y is (*, out_features). Results do not depend on the number
-    of threads.
+    x is (*, in_features) of `dtype`; y is (*, out_features). There are no half types. Results do
+    not depend on the number of threads.
 
     Raises
     ------

@@ -22,11 +22,6 @@ def decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def other_momentum(momentum: float) -> float:
-    """Ours weighs the new batch, ONNX's the old running value: each is 1 less the other."""
-    return decimal(1 - momentum)
-
-
 def channels_first(rank: int) -> list[int]:
     """The permutation of axes from (N, *, C) to (N, C, *)."""
     return [0, rank - 1, *range(1, rank - 1)]

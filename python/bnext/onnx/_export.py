@@ -11,9 +11,10 @@ import numpy as np
 
 from bnext import _core, nn, random
 from bnext.checkpoint import write_atomically
+from bnext.conventions import other_momentum
 from bnext.nn import _check
 from bnext.nn.module import Array, Module
-from bnext.onnx._common import channels_first, channels_last, join, other_momentum, require
+from bnext.onnx._common import channels_first, channels_last, join, require
 from bnext.onnx._graph import Graph
 
 # The first opset in which BatchNormalization has the types and the meaning of today.
@@ -38,6 +39,14 @@ class _Writer:
 
     def emit(self, layer: Module, path: str, x: str) -> str:
         """Write `layer`, called `path`, with input `x`; return the name of its output."""
+        y = self.row(layer, path)(self, layer, path, x)
+        if y not in self.shapes:
+            # The layer itself knows best, and says what is wrong with an input.
+            self.shapes[y] = layer(np.zeros(self.shapes[x], self.dtype)).shape
+        return y
+
+    def row(self, layer: Module, path: str) -> Callable[..., str]:
+        """What writes a layer of this type."""
         row = _EXPORT.get(type(layer))
         if row is None:
             known = ", ".join(sorted(kind.__name__ for kind in _EXPORT))
@@ -45,11 +54,7 @@ class _Writer:
                 f"onnx.export: {path or 'model'}: expected one of {known}; "
                 f"got {type(layer).__name__}, which has no row in bnext.onnx._EXPORT"
             )
-        y = row(self, layer, path, x)
-        if y not in self.shapes:
-            # The layer itself knows best, and says what is wrong with an input.
-            self.shapes[y] = layer(np.zeros(self.shapes[x], self.dtype)).shape
-        return y
+        return row
 
     def node(
         self,
@@ -98,7 +103,10 @@ def _residual(writer: _Writer, layer: nn.Residual, path: str, x: str) -> str:
     shortcut = x
     if layer.shortcut is not None:
         shortcut = writer.emit(layer.shortcut, join(path, "shortcut", "."), x)
-    return writer.node("Add", path, [body, shortcut])
+    if layer.norm is None:
+        return writer.node("Add", path, [body, shortcut])
+    path = join(path, "norm", ".")
+    return writer.row(layer.norm, path)(writer, layer.norm, path, body, shortcut)
 
 
 def _graph(writer: _Writer, layer: Graph, path: str, x: str) -> str:
@@ -139,7 +147,9 @@ def _linear(writer: _Writer, layer: nn.Linear, path: str, x: str) -> str:
     return writer.node("Add", path, [y, bias]) if bias else y
 
 
-def _batch_norm(writer: _Writer, layer: nn.BatchNorm, path: str, x: str) -> str:
+def _batch_norm(
+    writer: _Writer, layer: nn.BatchNorm, path: str, x: str, residual: str | None = None
+) -> str:
     rank = len(writer.shapes[x])
     turned = layer.channel_axis == -1 and rank > 2
     if turned:
@@ -179,10 +189,12 @@ def _batch_norm(writer: _Writer, layer: nn.BatchNorm, path: str, x: str) -> str:
         if tracked:
             writer.statistics |= dict.fromkeys(outputs, layer.num_features)
     y = writer.node("BatchNormalization", path, inputs, outputs, **attributes)
+    if turned:
+        y = writer.node("Transpose", path, [y], perm=channels_last(rank))
+    if residual is not None:
+        y = writer.node("Add", path, [y, residual])
     y = _ACTIVATIONS[layer.activation](writer, path, y, layer.negative_slope)
-    if layer.dropout:
-        y = _dropped(writer, layer.dropout, layer.generator, path, y)
-    return writer.node("Transpose", path, [y], perm=channels_last(rank)) if turned else y
+    return _dropped(writer, layer.dropout, layer.generator, path, y) if layer.dropout else y
 
 
 def _check_trainable(layer: nn.BatchNorm, path: str) -> None:
@@ -211,7 +223,11 @@ def _relu6(writer: _Writer, path: str, x: str, _: float) -> str:
     )
 
 
-# Of BatchNorm; the slope matters to leaky_relu alone.
+def _activation(writer: _Writer, layer: Any, path: str, x: str) -> str:
+    return _ACTIVATIONS[layer._function](writer, path, x, layer.negative_slope)
+
+
+# Of BatchNorm, or layers of their own; the slope matters to leaky_relu alone.
 _ACTIVATIONS: dict[str | None, Callable[[_Writer, str, str, float], str]] = {
     None: lambda writer, path, x, slope: x,
     "relu": lambda writer, path, x, slope: writer.node("Relu", path, [x]),
@@ -321,10 +337,12 @@ _EXPORT: dict[type[Module], Callable[[_Writer, Any, str, str], str]] = {
     nn.FeatureAlphaDropout: _only_evaluation,
     nn.DropBlock2d: _only_evaluation,
     nn.GaussianDropout: _only_evaluation,
-    nn.ReLU: lambda writer, layer, path, x: _ACTIVATIONS["relu"](writer, path, x, 0),
-    nn.LeakyReLU: lambda writer, layer, path, x: _ACTIVATIONS["leaky_relu"](
-        writer, path, x, layer.negative_slope
-    ),
+    nn.ReLU: _activation,
+    nn.LeakyReLU: _activation,
+    nn.ReLU6: _activation,
+    nn.Hardswish: _activation,
+    nn.SiLU: _activation,
+    nn.GELU: _activation,
     nn.MaxPool2d: _max_pool,
     nn.AvgPool2d: _avg_pool,
     nn.GlobalAvgPool2d: _global_avg_pool,

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from bnext import _core, nn
+from bnext import nn
+from bnext.conventions import other_momentum
+from bnext.nn.activation import activation_layer
 from bnext.nn.module import Array, Module
 from bnext.onnx._common import (
     channels_first,
     channels_last,
     decimal,
     join,
-    other_momentum,
     require,
 )
 from bnext.onnx._graph import Graph
@@ -42,7 +43,7 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Activation:
-    """One of `bnext.functional.activations`, before it is known whether BatchNorm can do it."""
+    """One of `bnext.functional.activations`, before it is known whether a BatchNorm does it."""
 
     name: str
     slope: float = 0.01
@@ -236,7 +237,7 @@ class _Reader:
                     f"got a constant of shape {step.layer.value.shape}"
                 )
             else:
-                step.layer = _activation_layer(step)
+                step.layer = activation_layer(step.layer.name, step.layer.slope)
 
     def module(self, output: str) -> Module:
         """The steps as one module."""
@@ -272,11 +273,7 @@ def _joined(layer: Module | _Activation | _Bias | None, after: _Activation | _Bi
             return False
         layer.bias = nn.Parameter(bias.astype(layer.dtype), decay=False)
         return True
-    if (
-        not isinstance(layer, nn.BatchNorm)
-        or layer.activation is not None
-        or after.name not in _core.activations
-    ):
+    if not isinstance(layer, nn.BatchNorm) or layer.activation is not None:
         return False
     layer.activation, layer.negative_slope = after.name, after.slope
     return True
@@ -288,17 +285,6 @@ def _row(value: Array, size: int) -> Array | None:
         return None
     row: Array = np.broadcast_to(value, (1, size))[0]
     return row
-
-
-def _activation_layer(step: _Step) -> Module:
-    """The layer for an activation that BatchNorm cannot do."""
-    after = step.layer
-    assert isinstance(after, _Activation)
-    if after.name == "relu":
-        return nn.ReLU()
-    if after.name == "leaky_relu":
-        return nn.LeakyReLU(after.slope)
-    raise step.node.error(f"bnext has no layer for {after.name} on its own")
 
 
 def _load_conv(reader: _Reader, node: _Node) -> None:
@@ -571,7 +557,6 @@ def load(model: str | os.PathLike[str] | Any) -> Module:
     ------
     ValueError
         If the file is no valid model, or an operator or an attribute is not supported: the
-            If the file is no valid model, or an operator or an attribute is not supported: the
         message names the node.
     TypeError
         If `model` is something else, or weights are neither float32 nor float64.
