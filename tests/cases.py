@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from bnext import _core
 
 BACKENDS = [name for name, available in _core.backends() if available]
-DTYPES = [np.float32, np.float64]
-HALF_DTYPES = [np.float16, ml_dtypes.bfloat16]
+# Those that are computed as they are, and those of 16 bits, of which parameters are not.
+DTYPES = [np.dtype(name).type for name, parameters in _core.dtypes.items() if name == parameters]
+HALF_DTYPES = [np.dtype(name).type for name in _core.dtypes if np.dtype(name).type not in DTYPES]
 ACTIVATIONS = list(_core.activations)
 
 

@@ -364,6 +364,13 @@ residual : ndarray, like x, or None
   activations[0] = py::none();
   m.attr("activations") = py::tuple(activations);
 
+  py::dict dtypes;
+#define BNEXT_INSERT(name, type, compute) \
+  dtypes[#name] = bnext::to_string(bnext::parameter_dtype(bnext::DType::name));
+  BNEXT_DTYPES(BNEXT_INSERT)
+#undef BNEXT_INSERT
+  m.attr("dtypes") = dtypes;
+
   const py::object none = py::none();
 
   m.def("batch_norm_forward", forward, "x"_a, "weight"_a = none, "bias"_a = none, py::kw_only(),

@@ -637,16 +637,6 @@ struct Ahead {
   }
 };
 
-// Fetches memory from `start` on that is wanted after this pass. Null: nothing to fetch.
-template <class T>
-struct Next {
-  const T* start;
-
-  BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count) const {
-    if (start != nullptr) bnext::fetch(start + i, count);
-  }
-};
-
 // -- writing results ------------------------------------------------------------------------------
 
 // A place in a row: a vector of elements, or the first few of one where the row begins or ends.

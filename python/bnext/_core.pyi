@@ -14,6 +14,7 @@ class _GeneratorState(TypedDict):
 
 __version__: str
 activations: tuple[str | None, ...]
+dtypes: dict[str, str]  # those of data, and of their parameters and statistics
 default_generator: Generator
 
 class Generator:

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from bnext import _core
+
 # By name: bfloat16 is not NumPy's, the package ml_dtypes has it, and nobody else needs that.
-_HALF = ("float16", "bfloat16")
-DATA = ("float32", "float64", *_HALF)
+DATA = tuple(_core.dtypes)
 NAMES = " or ".join([", ".join(DATA[:-1]), DATA[-1]])
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:
-    """Whether numbers of `dtype` are stored in 16 bits; they are computed as float32."""
-    return dtype.name in _HALF
+    """Whether numbers of `dtype` are only stored so, in 16 bits, and computed as others."""
+    return dtype.name != _core.dtypes.get(dtype.name, dtype.name)
 
 
 def parameter_dtype(dtype: np.dtype[Any] | None) -> np.dtype[Any]:
@@ -22,4 +23,4 @@ def parameter_dtype(dtype: np.dtype[Any] | None) -> np.dtype[Any]:
 
     What is not ours counts as float32 too.
     """
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    return np.dtype(_core.dtypes.get(dtype.name if dtype is not None else "", "float32"))
