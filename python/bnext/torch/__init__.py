@@ -10,6 +10,7 @@ from bnext import _extras
 
 _extras.require("torch", "bnext.torch", "torch")
 
+from bnext.torch._accelerate import Report, accelerate, restore  # noqa: E402
 from bnext.torch._batch_norm import (  # noqa: E402
     BatchNorm1d,
     BatchNorm2d,
@@ -40,4 +41,7 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "FeatureAlphaDropout",
+    "Report",
+    "accelerate",
+    "restore",
 ]
