@@ -27,6 +27,7 @@ from bnext.torch._dropout import (  # noqa: E402
     Dropout3d,
     FeatureAlphaDropout,
 )
+from bnext.torch._sync_batch_norm import SyncBatchNorm  # noqa: E402
 
 __all__ = [
     "AlphaDropout",
@@ -42,6 +43,7 @@ __all__ = [
     "Dropout3d",
     "FeatureAlphaDropout",
     "Report",
+    "SyncBatchNorm",
     "accelerate",
     "restore",
 ]

@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bnext.torch import _bridge, _dropout, _fuse
 from bnext.torch._fuse import NORMS, FusedForward
+from bnext.torch._sync_batch_norm import SyncBatchNorm
 from bnext.torch._tracing import NotTraceable, is_transparent
 
 OURS = {
@@ -22,6 +23,7 @@ OURS = {
         _dropout.Dropout3d,
         _dropout.AlphaDropout,
         _dropout.FeatureAlphaDropout,
+        SyncBatchNorm,
     )
 }
 """Our class for each of PyTorch's."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from bnext.torch import _autograd, _bridge, _library
+from bnext.torch import _autograd, _bridge, _eligible, _library
 from bnext.torch._bridge import Norm
-from bnext.torch._eligible import compiling, is_eligible, is_like, is_parameter_for
+from bnext.torch._eligible import compiling, is_like, is_parameter_for
 
 
 def normalize(
@@ -28,7 +28,7 @@ def normalize(
     `layer` gives parameters, buffers and mode. Dropout is for training only.
     """
     dropout = dropout if layer.training else 0.0
-    if not _is_eligible(layer, x, residual):
+    if not is_eligible(layer, x, residual):
         return composed(layer, x, residual, activation, negative_slope, dropout)
     layer._check_input_dim(x)
     norm = Norm(layer.eps, _bridge.is_last(x), activation, negative_slope, dropout)
@@ -40,9 +40,10 @@ def normalize(
     return _by_running_stats(layer, x, residual, norm)
 
 
-def _is_eligible(layer: TorchBatchNorm, x: Tensor, residual: Tensor | None) -> bool:
+def is_eligible(layer: TorchBatchNorm, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the core can do what `layer` does to x."""
     return (
-        is_eligible(x)
+        _eligible.is_eligible(x)
         and x.dim() > 1
         and x.shape[1] == layer.num_features
         and all(
