@@ -1,0 +1,261 @@
+"""Tensors as arrays and back without copies, and the operations of the core on tensors.
+
+Results lie in the core's buffers, which are used again: memory that PyTorch allocates is new for
+every result, and its page faults cost several times what BatchNorm costs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bnext import _core
+
+Array = npt.NDArray[Any]
+
+try:
+    import ml_dtypes
+except ImportError:  # then bfloat16 stays with PyTorch
+    _bfloat16 = None
+else:
+    _bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+# Those the core takes.
+DTYPES = {torch.float32, torch.float64, torch.float16} | ({torch.bfloat16} if _bfloat16 else set())
+
+ACTIVATIONS = {
+    None: lambda x, negative_slope: x,
+    "relu": lambda x, negative_slope: torch.relu(x),
+    "leaky_relu": torch.nn.functional.leaky_relu,
+    "relu6": lambda x, negative_slope: torch.nn.functional.relu6(x),
+    "hardswish": lambda x, negative_slope: torch.nn.functional.hardswish(x),
+    "silu": lambda x, negative_slope: torch.nn.functional.silu(x),
+    "gelu": lambda x, negative_slope: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+"""What PyTorch calls the activations of the core: functions of (x, negative_slope)."""
+
+# Activations whose gradient needs one bit of an element only.
+GATED = {"relu", "leaky_relu", "relu6"}
+
+
+class Norm(NamedTuple):
+    """What of a normalization is no tensor. `last`: channels lie last in memory."""
+
+    eps: float
+    last: bool
+    activation: str | None = None
+    negative_slope: float = 0.01
+    dropout: float = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "channel_axis": -1 if self.last else 1,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+        }
+
+
+class Drop(NamedTuple):
+    """What of a dropout is no tensor. `by_channel`: one bit for each channel of each sample."""
+
+    p: float
+    last: bool
+    by_channel: bool = False
+    alpha: bool = False
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of weight, bias and statistics in the core where the data are of `dtype`."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+# -- layouts ---------------------------------------------------------------------------------------
+def _to_last(x: Tensor) -> Tensor:
+    """(N, C, *) as (N, *, C), a view."""
+    return x.permute(0, *range(2, x.dim()), 1)
+
+
+def _to_first(x: Tensor) -> Tensor:
+    """(N, *, C) as (N, C, *), a view."""
+    return x.permute(0, x.dim() - 1, *range(1, x.dim() - 1))
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether (N, C, *) lies in memory as (N, *, C): the format channels_last, for any rank."""
+    return x.dim() > 2 and not x.is_contiguous() and _to_last(x).is_contiguous()
+
+
+def empty(x: Tensor, last: bool) -> Tensor:
+    """What `to_tensor` returns for a result like x, in shape, dtype and strides."""
+    if not last:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    like = _to_last(x)
+    return _to_first(torch.empty_like(like, memory_format=torch.contiguous_format)).detach()
+
+
+def to_array(x: Tensor, last: bool = False) -> Array:
+    """A C-contiguous array, (N, *, C) if `last`; copied only if the tensor does not lie so."""
+    x = x.detach()
+    if last:
+        x = _to_last(x)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if x.dtype is torch.bfloat16:
+        return x.view(torch.int16).numpy().view(_bfloat16)
+    return x.numpy()
+
+
+def to_tensor(array: Array, last: bool = False) -> Tensor:
+    """The tensor that `to_array` made an array of; it shares the memory."""
+    if array.dtype == _bfloat16:
+        x = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        x = torch.from_numpy(array)
+    # As a view it could not be changed in place after an autograd.Function returned it.
+    return _to_first(x).detach() if last else x
+
+
+def _statistic(value: Tensor, dtype: torch.dtype) -> Array:
+    """`value` of each channel, for data of `dtype`."""
+    return to_array(value.detach().to(parameter_dtype(dtype)))
+
+
+def _parameter(value: Tensor | None, dtype: torch.dtype) -> Array | None:
+    return None if value is None else _statistic(value, dtype)
+
+
+def _optional(x: Tensor | None, last: bool) -> Array | None:
+    return None if x is None else to_array(x, last)
+
+
+# -- surroundings ----------------------------------------------------------------------------------
+def follow_threads() -> None:
+    """Use as many threads as PyTorch does now."""
+    threads = torch.get_num_threads()
+    if _core.get_num_threads() != threads:
+        _core.set_num_threads(threads)
+
+
+def draw_seed() -> Tensor:
+    """Of a mask, from PyTorch's default generator for the CPU: it moves as for any random op."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
+# -- operations ------------------------------------------------------------------------------------
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    seed: int | None,
+    norm: Norm,
+) -> tuple[Tensor, _core.BatchNormSaved]:
+    """By the statistics of x, or by `mean` and `var`; and what backward needs."""
+    follow_threads()
+    affine = [_parameter(value, x.dtype) for value in (weight, bias)]
+    options = {"eps": norm.eps, "residual": _optional(residual, norm.last), **norm.options}
+    array = to_array(x, norm.last)
+    if mean is None or var is None:
+        y, saved = _core.batch_norm_forward(
+            array,
+            *affine,
+            dropout=norm.dropout,
+            generator=None if seed is None else _core.Generator(seed),
+            **options,
+        )
+    else:
+        y, saved = _core.batch_norm_inference_forward(
+            array, _statistic(mean, x.dtype), _statistic(var, x.dtype), *affine, **options
+        )
+    return to_tensor(y, norm.last), saved
+
+
+def norm_inference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    norm: Norm,
+) -> Tensor:
+    """By the statistics `mean` and `var`, with nothing kept."""
+    follow_threads()
+    y = _core.batch_norm_inference(
+        to_array(x, norm.last),
+        _statistic(mean, x.dtype),
+        _statistic(var, x.dtype),
+        _parameter(weight, x.dtype),
+        _parameter(bias, x.dtype),
+        eps=norm.eps,
+        residual=_optional(residual, norm.last),
+        **norm.options,
+    )
+    return to_tensor(y, norm.last)
+
+
+def norm_backward(
+    grad_y: Tensor, saved: _core.BatchNormSaved, norm: Norm
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and residual, None for those that were not there.
+
+    That of the residual may be `grad_y` itself.
+    """
+    follow_threads()
+    g = to_array(grad_y, norm.last)
+    grads = _core.batch_norm_backward(g, saved)
+    residual = None
+    if grads.residual is g:
+        residual = grad_y
+    elif grads.residual is not None:
+        residual = to_tensor(grads.residual, norm.last)
+    return (
+        to_tensor(grads.x, norm.last),
+        None if grads.weight is None else to_tensor(grads.weight),
+        None if grads.bias is None else to_tensor(grads.bias),
+        residual,
+    )
+
+
+def moments(saved: _core.BatchNormSaved) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a batch."""
+    return torch.from_numpy(saved.mean), torch.from_numpy(saved.var)
+
+
+def _mask_shape(array: Array, drop: Drop) -> tuple[int, ...] | None:
+    if not drop.by_channel:
+        return None
+    shape = [1] * array.ndim
+    for axis in (0, -1 if drop.last else 1):
+        shape[axis] = array.shape[axis]
+    return tuple(shape)
+
+
+def dropout_forward(
+    x: Tensor, seed: int, drop: Drop, in_place: bool = False
+) -> tuple[Tensor, _core.DropoutSaved]:
+    """As `drop` says; `in_place` needs an x that lies as `drop.last` says, and returns it."""
+    follow_threads()
+    array = to_array(x, drop.last)
+    operation = _core.alpha_dropout_forward if drop.alpha else _core.dropout_forward
+    y, saved = operation(
+        array,
+        drop.p,
+        mask_shape=_mask_shape(array, drop),
+        generator=_core.Generator(seed),
+        out=array if in_place else None,
+    )
+    return x if in_place else to_tensor(y, drop.last), saved
+
+
+def dropout_backward(grad_y: Tensor, saved: _core.DropoutSaved, last: bool) -> Tensor:
+    """grad_y times the factors that forward used."""
+    follow_threads()
+    return to_tensor(_core.dropout_backward(to_array(grad_y, last), saved), last)

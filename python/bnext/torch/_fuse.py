@@ -1,0 +1,299 @@
+"""BatchNorm with what follows it in one pass, in modules whose forward method allows it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+
+from bnext.torch._batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, normalize
+from bnext.torch._dropout import Dropout
+from bnext.torch._tracing import NotTraceable, Traced, has_hooks, trace
+
+NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+ACTIVATIONS = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+}
+FUNCTIONS = {
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu: "relu",
+    F.relu_: "relu",
+    F.relu6: "relu6",
+    F.hardswish: "hardswish",
+    F.silu: "silu",
+}
+SUMS = (operator.add, torch.add)
+SUMS_IN_PLACE = (operator.iadd,)
+
+
+class Chain(NamedTuple):
+    """Nodes of a graph, a BatchNorm first, that become one."""
+
+    norm: fx.Node
+    nodes: list[fx.Node]  # the others, in order
+    residual: Any  # a node, or None
+    activation: str | None
+    activation_module: str | None  # targets of call_module
+    dropout_module: str | None
+
+    def __str__(self) -> str:
+        parts = ["residual"] if self.residual is not None else []
+        parts += [self.activation] if self.activation else []
+        parts += ["dropout"] if self.dropout_module else []
+        return " + ".join(parts)
+
+
+# -- in the graph ----------------------------------------------------------------------------------
+def _module(owner: nn.Module, node: Any) -> nn.Module | None:
+    """What a node calls with nothing but one value, if it is a module."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    if len(node.args) != 1 or node.kwargs:
+        return None
+    return owner.get_submodule(str(node.target))
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation(owner: nn.Module, node: fx.Node) -> str | None:
+    module = _module(owner, node)
+    if module is not None:
+        if isinstance(module, nn.GELU) and module.approximate != "tanh":
+            return None
+        return None if has_hooks(module) else ACTIVATIONS.get(type(module))
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return "relu"
+    if node.op != "call_function" or len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
+        return None
+    return FUNCTIONS.get(node.target)
+
+
+def _other_summand(node: fx.Node, value: fx.Node) -> Any:
+    """What `node` adds to `value` without changing it; None if it does something else."""
+    in_place = node.target in SUMS_IN_PLACE or (node.op == "call_method" and node.target == "add_")
+    if not in_place and not (
+        (node.op == "call_function" and node.target in SUMS)
+        or (node.op == "call_method" and node.target == "add")
+    ):
+        return None
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = node.args
+    if left is right:
+        return None
+    if left is value:
+        return right
+    return None if in_place else left
+
+
+def _chain(owner: nn.Module, norm: fx.Node) -> Chain | None:
+    """The longest one that begins with the BatchNorm of `norm`."""
+    nodes: list[fx.Node] = []
+    residual = activation = activation_module = dropout_module = None
+
+    def following() -> fx.Node | None:
+        return _only_user(nodes[-1] if nodes else norm)
+
+    node = following()
+    if node is not None:
+        other = _other_summand(node, norm)
+        if isinstance(other, fx.Node):
+            residual = other
+            nodes.append(node)
+            node = following()
+    if node is not None:
+        activation = _activation(owner, node)
+        if activation is not None:
+            activation_module = str(node.target) if node.op == "call_module" else None
+            nodes.append(node)
+            node = following()
+    if node is not None:
+        module = _module(owner, node)
+        if type(module) is Dropout and not has_hooks(module):
+            dropout_module = str(node.target)
+            nodes.append(node)
+    if not nodes:
+        return None
+    return Chain(norm, nodes, residual, activation, activation_module, dropout_module)
+
+
+def _may_wait(owner: nn.Module, order: list[fx.Node], chain: Chain) -> bool:
+    """Whether the BatchNorm may run where the last node of its chain does, and nothing notices."""
+    first = order.index(chain.nodes[0])
+    if order[first : first + len(chain.nodes)] != chain.nodes:
+        return False
+    if order.index(chain.norm) == first - 1:
+        return True
+    # Others run in between. They cannot change the input, if it is new and for the BatchNorm alone.
+    source = chain.norm.args[0]
+    fresh = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return (
+        isinstance(source, fx.Node)
+        and _only_user(source) is chain.norm
+        and type(_module(owner, source)) in fresh
+    )
+
+
+def chains(owner: nn.Module, graph: fx.Graph) -> list[Chain]:
+    """All that can be fused."""
+    order = list(graph.nodes)
+    calls = [node.target for node in order if node.op == "call_module"]
+    taken: set[fx.Node] = set()
+    found = []
+    for node in order:
+        module = _module(owner, node)
+        if type(module) not in NORMS or has_hooks(module):
+            continue
+        same = [target for target in calls if owner.get_submodule(str(target)) is module]
+        chain = _chain(owner, node)
+        if len(same) > 1 or chain is None or not _may_wait(owner, order, chain):
+            continue
+        if taken.isdisjoint(chain.nodes):
+            taken.update(chain.nodes)
+            found.append(chain)
+    return found
+
+
+def belongs_to_a_child(chain: Chain) -> bool:
+    """Whether all of it lies in one Sequential, whose own forward method can do it."""
+    nodes = [chain.norm, *chain.nodes]
+    if any(node.op != "call_module" for node in nodes):
+        return False
+    parents = {str(node.target).rpartition(".")[0] for node in nodes}
+    return len(parents) == 1 and parents != {""}
+
+
+def rewrite(graph: fx.Graph, found: list[Chain]) -> None:
+    """Put one node in the place of each chain."""
+    for chain in found:
+        last = chain.nodes[-1]
+        with graph.inserting_before(last):
+            modules = [
+                None if target is None else graph.get_attr(target)
+                for target in (chain.norm.target, chain.activation_module, chain.dropout_module)
+            ]
+            layer, activation_module, dropout = modules
+            arguments = (layer, chain.norm.args[0], chain.residual, chain.activation)
+            new = graph.call_function(run, (*arguments, activation_module, dropout))
+        last.replace_all_uses_with(new)
+        for node in reversed([chain.norm, *chain.nodes]):
+            graph.erase_node(node)
+    graph.lint()
+
+
+def run(
+    layer: TorchBatchNorm,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    activation_module: nn.Module | None,
+    dropout: nn.Dropout | None,
+) -> Tensor:
+    """What a chain does."""
+    slope = getattr(activation_module, "negative_slope", 0.01)
+    drops = dropout is not None and dropout.training
+    inside = drops and layer.training
+    y = normalize(
+        layer,
+        x,
+        residual,
+        activation=activation,
+        negative_slope=slope,
+        dropout=dropout.p if inside and dropout is not None else 0.0,
+    )
+    return dropout(y) if drops and not inside and dropout is not None else y
+
+
+# -- in the module ---------------------------------------------------------------------------------
+class FusedForward:
+    """In the place of a module's ``forward``: the same with fewer passes over memory.
+
+    Where anything is not as it was when the graph was made, it runs the method of the class.
+    """
+
+    def __init__(self, owner: nn.Module, traced: Traced, found: list[Chain]) -> None:
+        self.owner = owner
+        self.reads = traced.reads
+        self.children = traced.children
+        targets = [
+            target
+            for chain in found
+            for target in (chain.norm.target, chain.activation_module, chain.dropout_module)
+            if target is not None
+        ]
+        self.skipped = [owner.get_submodule(str(target)) for target in targets]
+        self.skipped += [module for module, _ in traced.children[1:]]
+        self.types = [type(module) for module in self.skipped]
+        self.function: Callable[..., Any] | None = _compile(traced.graph, found)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or not self._holds() or any(type(x) is not Tensor for x in args):
+            return type(self.owner).forward(self.owner, *args, **kwargs)
+        if self.function is None:
+            self.function = _again(self.owner)
+        return self.function(self.owner, *args)
+
+    def _holds(self) -> bool:
+        return (
+            not torch.compiler.is_compiling()
+            and not nn_module._has_any_global_hook()
+            and [type(module) for module in self.skipped] == self.types
+            and not any(map(has_hooks, self.skipped))
+            and all(tuple(m._modules.values()) == children for m, children in self.children)
+            and all(_same(m.__dict__.get(name), value) for m, name, value in self.reads)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "function": None}  # made again where it is needed
+
+
+def _same(value: Any, before: Any) -> bool:
+    return value is before or (type(value) is type(before) and bool(value == before))
+
+
+def _compile(graph: fx.Graph, found: list[Chain]) -> Callable[..., Any]:
+    rewrite(graph, found)
+    code = graph.python_code("self")
+    names = dict(code.globals)
+    exec(code.src, names)
+    function: Callable[..., Any] = names["forward"]
+    return function
+
+
+def _again(owner: nn.Module) -> Callable[..., Any]:
+    """The function of a `FusedForward` that was copied: its owner is as the first one was."""
+    try:
+        traced = trace(owner)
+    except NotTraceable:
+        return type(owner).forward
+    return _compile(traced.graph, chains(owner, traced.graph))
+
+
+def fuse(owner: nn.Module) -> list[Chain]:
+    """Fuse what `owner` itself calls; the chains, none if there is nothing to do.
+
+    Raises
+    ------
+    NotTraceable
+        If its forward method does not allow it.
+    """
+    traced = trace(owner)
+    found = chains(owner, traced.graph)
+    if all(map(belongs_to_a_child, found)):
+        return []
+    owner.__dict__["forward"] = FusedForward(owner, traced, found)
+    return found

@@ -1,0 +1,226 @@
+"""What the forward method of a module does, as a graph, and on what that depends.
+
+`torch.fx` runs forward on placeholders. What Python decides on the way is decided once: a graph
+stands for the method only if none of it can come out otherwise. `trace` refuses what it cannot see
+through, and notes what else has to stay as it is.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import operator
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+
+class NotTraceable(Exception):
+    """Why a graph would not stand for the method."""
+
+
+_Read = tuple[nn.Module, str, Any]
+
+
+class Traced(NamedTuple):
+    """The graph, and what it holds for.
+
+    `reads`: attributes that Python looked at; `children`: those of each module that was entered.
+    """
+
+    graph: fx.Graph
+    reads: list[_Read]
+    children: list[tuple[nn.Module, tuple[nn.Module, ...]]]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than to run its forward method."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_transparent(module: nn.Module) -> bool:
+    """Whether its children can be called in its place."""
+    return type(module) is nn.Sequential and not has_hooks(module)
+
+
+def trace(module: nn.Module) -> Traced:
+    """What ``type(module).forward`` does.
+
+    Raises
+    ------
+    NotTraceable
+        If a graph cannot stand for it.
+    """
+    for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.default is not (
+            parameter.empty
+        ):
+            raise NotTraceable(f"argument {parameter.name} of forward may be left out")
+    tracer = _Tracer()
+    before = _states(module)
+    unseen: list[str] = []
+    try:
+        with _record(module) as (reads, codes, unseen):
+            graph = tracer.trace(module)
+    except NotTraceable:
+        raise
+    except Exception as error:  # whatever placeholders made of the user's code
+        if not unseen:
+            message = str(error).splitlines()[0] if str(error) else repr(error)
+            raise NotTraceable(message) from error
+    finally:
+        changed = _restore(before)
+    if unseen:
+        raise NotTraceable(f"forward uses {unseen[0]}")
+    if changed:
+        raise NotTraceable(f"forward sets {changed}")
+    for code in codes:
+        _refuse(code)
+    for _, name, value in reads:
+        if not _is_constant(value):
+            raise NotTraceable(f"forward reads {name}, a {type(value).__name__}")
+    entered = [module, *tracer.entered]
+    return Traced(graph, reads, [(m, tuple(m._modules.values())) for m in entered])
+
+
+class _Value(fx.Proxy):
+    """A placeholder that does not let itself be taken for something else than a tensor."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what isinstance asks after the type itself
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            raise NotTraceable("forward asks for the type of a value")
+        return _Value
+
+
+def _in_place(operation: Any) -> Any:
+    def method(self: _Value, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+# Without these, Python takes x += y for x = x + y, which leaves x what it was.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul",
+              "iand", "ior", "ixor", "ilshift", "irshift"):  # fmt: skip
+    setattr(_Value, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered: list[nn.Module] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if is_transparent(m):
+            self.entered.append(m)
+            return False
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+
+# Attributes of every module that are not the user's.
+_INTERNAL = set(nn.Module().__dict__) - {"training"}
+# Parts of PyTorch whose effect a graph does not keep.
+_UNSEEN = ("torch.autograd", "torch.amp", "torch.utils.checkpoint")
+
+
+@contextmanager
+def _record(root: nn.Module) -> Iterator[tuple[list[_Read], set[CodeType], list[str]]]:
+    """What happens inside: attributes of `root` and its descendants that are read, code of others
+    than PyTorch that runs, and modules of PyTorch in `_UNSEEN` that do.
+    """
+    reads: dict[tuple[int, str], _Read] = {}
+    found: list[_Read] = []
+    codes: set[CodeType] = set()
+    unseen: list[str] = []
+    ours = {id(module) for module in root.modules()}
+
+    def getattribute(self: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        own = object.__getattribute__(self, "__dict__")
+        if id(self) in ours and name not in _INTERNAL and name in own:
+            reads[id(self), name] = (self, name, value)
+        return value
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        # Nothing may be raised from here, where PyTorch may be importing a part of itself.
+        if event != "call":
+            return
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(_UNSEEN):
+            unseen.append(module)
+        package = module.partition(".")[0]
+        if package not in ("torch", "bnext") and package not in sys.stdlib_module_names:
+            codes.add(frame.f_code)
+
+    previous = sys.getprofile()
+    nn.Module.__getattribute__ = getattribute
+    sys.setprofile(profile)
+    try:
+        yield found, codes, unseen
+    finally:
+        sys.setprofile(previous)
+        del nn.Module.__getattribute__
+        found += reads.values()
+
+
+def _refuse(code: CodeType) -> None:
+    """NotTraceable for decisions that placeholders do not notice."""
+    before = ""
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in ("BEFORE_WITH", "SETUP_WITH") or instruction.argrepr == "__enter__":
+            raise NotTraceable(f"a with statement in {code.co_name}")
+        if (name == "IS_OP" or "_NONE" in name) and before not in ("LOAD_ATTR", "LOAD_METHOD"):
+            raise NotTraceable(f"{code.co_name} compares a value with None, or by `is`")
+        if name not in ("CACHE", "LOAD_CONST", "EXTENDED_ARG", "NOT_TAKEN"):
+            before = name
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a later comparison shows that it is still the same."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    simple = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
+    return isinstance(value, simple) or inspect.isroutine(value)
+
+
+_State = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def _states(root: nn.Module) -> _State:
+    """All dictionaries of attributes, and copies of them."""
+    kinds = ("_parameters", "_buffers", "_modules")
+    dictionaries = [
+        dictionary
+        for module in root.modules()
+        for dictionary in (module.__dict__, *(module.__dict__[kind] for kind in kinds))
+    ]
+    return [(dictionary, dict(dictionary)) for dictionary in dictionaries]
+
+
+def _restore(states: _State) -> str:
+    """Make the dictionaries what they were; the name of something that had changed."""
+    changed = ""
+    for dictionary, before in states:
+        now = dict(dictionary)
+        for name in now.keys() | before.keys():
+            if name not in now or name not in before or now[name] is not before[name]:
+                changed = name
+        if changed:
+            dictionary.clear()
+            dictionary.update(before)
+    return changed
