@@ -44,6 +44,7 @@ def is_eligible(layer: TorchBatchNorm, x: Tensor, residual: Tensor | None) -> bo
     """Whether the core can do what `layer` does to x."""
     return (
         _eligible.is_eligible(x)
+        and layer.eps > 0
         and x.dim() > 1
         and x.shape[1] == layer.num_features
         and all(

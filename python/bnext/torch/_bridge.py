@@ -86,8 +86,13 @@ def _to_first(x: Tensor) -> Tensor:
 
 
 def is_last(x: Tensor) -> bool:
-    """Whether (N, C, *) lies in memory as (N, *, C): the format channels_last, for any rank."""
-    return x.dim() > 2 and not x.is_contiguous() and _to_last(x).is_contiguous()
+    """Whether the channels of (N, C, *) lie closest to each other: as in the format channels_last,
+    for any rank and any gaps.
+    """
+    if x.dim() < 3 or x.shape[1] == 1 or x.is_contiguous():
+        return False
+    others = (axis for axis in range(x.dim()) if axis != 1 and x.shape[axis] != 1)
+    return all(x.stride(1) < x.stride(axis) for axis in others)
 
 
 def empty(x: Tensor, last: bool) -> Tensor:

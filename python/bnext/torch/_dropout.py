@@ -14,14 +14,27 @@ from bnext.torch._eligible import compiling, is_eligible
 class _Dropout(_DropoutNd):
     """The one difference to `torch.nn`'s classes."""
 
-    _ranks: tuple[int, ...] | None = None  # that the core's channel masks are for; None: any
-    _by_channel = False
     _alpha = False
+    _by_channel = False
+    _rank: int | None = None  # of a batch, for channels; None: any
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and self.p > 0 and self._is_eligible(input)):
+        if not (self.training and self.p > 0 and is_eligible(input)):
             return super().forward(input)
-        drop = Drop(self.p, _bridge.is_last(input), self._by_channel, self._alpha)
+        if self._by_channel:
+            if self._rank in (3, 5) and input.dim() == self._rank - 1:  # a sample without batch
+                y = self.forward(input[None])
+                return input if self.inplace else y[0]
+            if input.dim() < 2 or self._rank not in (None, input.dim()):
+                return super().forward(input)
+        elif not input.is_contiguous():
+            return self._in_order_of_memory(input)
+        last = self._by_channel and _bridge.is_last(input)
+        # Memory must lie as the mask does; and operators in graphs change no arguments.
+        dense = input.is_contiguous() or (last and input.movedim(1, -1).is_contiguous())
+        if self.inplace and (compiling() or not dense):
+            return super().forward(input)
+        drop = Drop(self.p, last, self._by_channel, self._alpha)
         seed = _bridge.draw_seed()
         if compiling():
             return _library.dropout(input, seed, *drop)
@@ -29,15 +42,16 @@ class _Dropout(_DropoutNd):
             return _autograd.Dropout.apply(input, int(seed), drop, self.inplace)
         return _bridge.dropout_forward(input, int(seed), drop)[0]
 
-    def _is_eligible(self, x: Tensor) -> bool:
-        if not is_eligible(x) or not (self._ranks is None or x.dim() in self._ranks):
-            return False
-        if self._by_channel and x.dim() < 2:
-            return False
-        # In place, memory must lie as the mask does; an operator in a graph changes no argument.
-        return not self.inplace or (
-            (x.is_contiguous() or _bridge.is_last(x)) and not torch.compiler.is_compiling()
-        )
+    def _in_order_of_memory(self, x: Tensor) -> Tensor:
+        """With the axes ordered by their strides, so that those of the result are ordered alike."""
+        order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
+        ordered = x.permute(order)
+        if not ordered.is_contiguous():
+            if self.inplace:
+                return super().forward(x)
+            ordered = ordered.contiguous()
+        y = self.forward(ordered)
+        return x if self.inplace else y.permute([order.index(axis) for axis in range(x.dim())])
 
 
 class Dropout(_Dropout, nn.Dropout):
@@ -45,7 +59,8 @@ class Dropout(_Dropout, nn.Dropout):
 
     The mask follows from a seed that is drawn from PyTorch's default generator, so that
     `torch.manual_seed` governs it and `torch.utils.checkpoint` draws it again. It is another mask
-    than PyTorch's for the same seed. None is stored. p=0 and evaluation return the input.
+    than PyTorch's for the same seed, lies in the order of memory, and is not stored. Evaluation and
+    p=0 return the input.
 
     Examples
     --------
@@ -60,21 +75,21 @@ class Dropout(_Dropout, nn.Dropout):
 class Dropout1d(_Dropout, nn.Dropout1d):
     """`torch.nn.Dropout1d`, faster on CPU tensors: whole channels of (N, C, L)."""
 
-    _ranks = (3,)
+    _rank = 3
     _by_channel = True
 
 
 class Dropout2d(_Dropout, nn.Dropout2d):
     """`torch.nn.Dropout2d`, faster on CPU tensors: whole channels of (N, C, H, W)."""
 
-    _ranks = (4,)
+    _rank = 4
     _by_channel = True
 
 
 class Dropout3d(_Dropout, nn.Dropout3d):
     """`torch.nn.Dropout3d`, faster on CPU tensors: whole channels of (N, C, D, H, W)."""
 
-    _ranks = (5,)
+    _rank = 5
     _by_channel = True
 
 

@@ -183,7 +183,7 @@ class _Synchronized(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         grad_weight, grad_bias = torch.zeros_like(mean), torch.zeros_like(mean)
         if x.numel():
-            grad_x, grad_weight, grad_bias, _ = _bridge.norm_backward(grad_y, ctx.core, ctx.norm)
+            grad_x, grad_weight, grad_bias = _bridge.norm_backward(grad_y, ctx.core, ctx.norm)[:3]
         sums = torch.stack([grad_weight, grad_bias]).double()
         dist.all_reduce(sums, group=ctx.group)
         if x.numel():
