@@ -382,6 +382,8 @@ def test_everything_public_is_documented(name):
     "name", [module.name for module in pkgutil.walk_packages(bnext.__path__, "bnext.")]
 )
 def test_examples_in_docstrings(name):
+    if name.startswith("bnext.torch"):
+        pytest.importorskip("torch", reason="bnext.torch is for PyTorch; pip install bnext[torch]")
     if name not in ("bnext._core", "bnext.__main__"):  # __main__ runs the command
         assert doctest.testmod(importlib.import_module(name)).failed == 0
 

@@ -174,7 +174,7 @@ class _Synchronized(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
         """As for given statistics, less what these take: with sums over all processes,
 
         weight r (sum g + n sum g n) / count,    n = (x - mean) r,    r = 1 / sqrt(var + eps)
