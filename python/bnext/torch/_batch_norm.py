@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from bnext.torch import _autograd, _bridge, _eligible, _library
 from bnext.torch._bridge import Norm
-from bnext.torch._eligible import compiling, is_like, is_parameter_for
+from bnext.torch._eligible import are_parameters_for, compiling, is_like
 
 
 def normalize(
@@ -42,16 +42,14 @@ def normalize(
 
 def is_eligible(layer: TorchBatchNorm, x: Tensor, residual: Tensor | None) -> bool:
     """Whether the core can do what `layer` does to x."""
+    if not (_eligible.is_eligible(x) and layer.eps > 0):
+        return False
+    mean, var = layer.running_mean, layer.running_var
     return (
-        _eligible.is_eligible(x)
-        and layer.eps > 0
-        and x.dim() > 1
+        x.dim() > 1
         and x.shape[1] == layer.num_features
-        and all(
-            is_parameter_for(value, x)
-            for value in (layer.weight, layer.bias, layer.running_mean, layer.running_var)
-        )
-        and (layer.running_mean is None) == (layer.running_var is None)
+        and (mean is None) == (var is None)
+        and are_parameters_for(x, layer.weight, layer.bias, mean, var)
         and (residual is None or is_like(residual, x))
     )
 

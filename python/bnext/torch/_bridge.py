@@ -127,7 +127,8 @@ def to_tensor(array: Array, last: bool = False) -> Tensor:
 
 def _statistic(value: Tensor, dtype: torch.dtype) -> Array:
     """`value` of each channel, for data of `dtype`."""
-    return to_array(value.detach().to(parameter_dtype(dtype)))
+    wanted = parameter_dtype(dtype)
+    return to_array(value if value.dtype is wanted else value.detach().to(wanted))
 
 
 def _parameter(value: Tensor | None, dtype: torch.dtype) -> Array | None:

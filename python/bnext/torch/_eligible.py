@@ -43,13 +43,19 @@ def is_eligible(x: Tensor) -> bool:
     return not special and x.dtype in _bridge.DTYPES and x.numel() > 0
 
 
-def is_parameter_for(value: Tensor | None, x: Tensor) -> bool:
-    """Whether `value` of each channel fits data x: of their dtype, or float32 for 16 bits."""
-    return value is None or (
-        _plain(value)
-        and value.shape == (x.shape[1],)
-        and value.dtype in (x.dtype, _bridge.parameter_dtype(x.dtype))
-    )
+def are_parameters_for(x: Tensor, *values: Tensor | None) -> bool:
+    """Whether `values` of each channel fit data x: of their dtype, or float32 for 16 bits."""
+    dtype, channels = x.dtype, x.shape[1]
+    wide = _bridge.parameter_dtype(dtype)
+    for value in values:
+        if value is not None and not (
+            _plain(value)
+            and (value.dtype is dtype or value.dtype is wide)
+            and value.dim() == 1
+            and value.shape[0] == channels
+        ):
+            return False
+    return True
 
 
 def is_like(value: Tensor, x: Tensor) -> bool:
