@@ -199,6 +199,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], int, int]] = {
     "mobilenetv2-224": (mobilenet_v2, 8, 224),
     "densenet100-32": (densenet, 16, 32),
     "bert-128": (lambda size: Encoder(), 8, 128),
+    "bert-512": (lambda size: Encoder(), 2, 512),
 }
 
 
@@ -241,11 +242,16 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     model, x, labels = model_and_batch(name, args.channels_last)
     other, report = bnext.torch.accelerate(copy.deepcopy(model), fuse=not args.no_fuse)
 
-    # Without masks both do the same, but for rounding.
-    same = [step_of(without_dropout(copy.deepcopy(m)), x, labels) for m in (model, other)]
+    # Without masks both do the same. In float64: a float32 gradient of an untrained network of 50
+    # layers is a percent off, whoever computes it.
+    part = x[:4].double() if x.is_floating_point() else x[:4]
+    same = [
+        step_of(without_dropout(copy.deepcopy(m)).double(), part, labels[:4])
+        for m in (model, other)
+    ]
     losses = [[step() for step in same] for _ in range(2)]
     for before, after in losses:
-        assert abs(before - after) <= 1e-3 * max(1.0, abs(before)), losses
+        assert abs(before - after) <= 1e-9 * max(1.0, abs(before)), losses
 
     steps = {"PyTorch": step_of(model, x, labels), "accelerated": step_of(other, x, labels)}
     for step in steps.values():
