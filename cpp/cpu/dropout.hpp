@@ -216,14 +216,16 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
   SharedBits shared(a.map);
   // Elements are asked for in bursts, between which the processor alone would not fetch any.
   const Ahead<S> ahead{x + a.size, x};
+  SharedLine<S> shared_line;
 
   for (std::int64_t begin = first_span * MaskLayout::span; begin < end; begin += MaskBits::batch) {
     const std::int64_t count = end - begin < MaskBits::batch ? end - begin : MaskBits::batch;
     const Bits kept{a.map.shares() ? shared.of(mask, begin, count) : mask.of(begin), 0};
     const S* from = x + begin;
+    shared_line.continues = end - begin >= MaskBits::batch + line_length<S>;
     const auto write_values = [&](auto value) __attribute__((always_inline)) {
       write<1, false>(
-          y + begin, 0, count, streaming, no_shared_line<S>, [](auto) { return 0; }, value,
+          y + begin, 0, count, streaming, &shared_line, [](auto) { return 0; }, value,
           [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
     };
     // Not one loop for both: to add 0 is to change the sign of -0.
