@@ -373,7 +373,7 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
           tail.run(offset, runs.length, runs.number(b, c), runs.ahead_backwards(residual, b));
       auto summed = next.run(runs.blocks - 1 - b, c);
       shared.continues = runs.lines_continue<S>(c);
-      write<1, !Tail::plain>(
+      write<1, Tail::much>(
           y + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return f; },
           [&](const auto& affine, auto at, int)
               __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
@@ -445,10 +445,10 @@ class GradTile {
 
    private:
     BNEXT_INLINE void add(std::int64_t count) {
-      if constexpr (Tail::plain)
-        add_here(count);
-      else
+      if constexpr (Tail::much)
         add_once(count);
+      else
+        add_here(count);
     }
     __attribute__((noinline)) void add_once(std::int64_t count) { add_here(count); }
     BNEXT_INLINE void add_here(std::int64_t count) {
@@ -553,7 +553,7 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
           tail.run(offset, runs.length, runs.number(b, c), runs.ahead_backwards(residual, b));
       auto summed = next.run(runs.blocks - 1 - b, c);
       shared.continues = runs.lines_continue<S>(c);
-      write<1, !Tail::plain>(
+      write<1, Tail::much>(
           grad_x + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return k; },
           [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
             const auto v = run.input(at(values));
@@ -819,7 +819,7 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
         const std::int64_t offset = r * grid.width + columns.first;
         const S* from = x + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
-        write<decltype(rows)::value, !Tail::plain>(
+        write<decltype(rows)::value, Tail::much>(
             y + offset, grid.width, width, grid.streaming, no_shared_line<S>,
             [&](auto at) __attribute__((always_inline)) { return f.at(at); },
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
@@ -923,7 +923,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
         const std::int64_t offset = r * grid.width + columns.first;
         S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
-        write<decltype(rows)::value, !Tail::plain>(
+        write<decltype(rows)::value, Tail::much>(
             grad_x + offset, grid.width, width, grid.streaming, no_shared_line<S>,
             [&](auto at) __attribute__((always_inline)) {
               return BothAffine<decltype(f.at(at)), decltype(k.at(at))>{f.at(at), k.at(at)};
@@ -943,6 +943,11 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
 
 // -- the choice between the two -------------------------------------------------------------------
 
+// Loops that would take too much code if they also made the next sums on their way: those are made
+// after them.
+template <class S, class Tail>
+constexpr bool sums_after = compact || (Tail::much && sizeof(S) == 8);
+
 template <class S>
 void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
              Moments* partials) {
@@ -955,10 +960,13 @@ void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
   NoTile none;
   if (grid.columns) {
     apply_columns<S, Tail>(grid, group, chunk, x, forward, fusion, y);
-  } else if (compact || next_partials == nullptr) {
+    return;
+  }
+  const std::int64_t mirrored = grid.chunks - 1 - chunk;
+  if (sums_after<S, Tail> || next_partials == nullptr) {
     apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, none);
+    if (next_partials != nullptr) moments_rows<S>(grid, group + 1, mirrored, x, next_partials);
   } else {
-    const std::int64_t mirrored = grid.chunks - 1 - chunk;
     FirstMomentTile<S> next(grid, Runs(grid, group + 1, mirrored), x, nullptr);
     apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, next);
     next.store(mirrored, next_partials);
@@ -984,11 +992,16 @@ void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
   if (grid.columns) {
     apply_grad_columns<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
                                 grad_residual);
-  } else if (compact || next_partials == nullptr) {
+    return;
+  }
+  const std::int64_t mirrored = grid.chunks - 1 - chunk;
+  if (sums_after<S, Tail> || next_partials == nullptr) {
     apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
                              grad_residual, none);
+    if (next_partials != nullptr)
+      grad_sums_rows<S, SumTail>(grid, group + 1, mirrored, grad_y, x, mean, forward, fusion,
+                                 next_partials);
   } else {
-    const std::int64_t mirrored = grid.chunks - 1 - chunk;
     GradTile<S, SumTail> next(grid, Runs(grid, group + 1, mirrored), grad_y, x, mean, forward,
                               fusion);
     apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,

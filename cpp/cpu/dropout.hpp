@@ -8,12 +8,10 @@
 namespace bnext {
 namespace {
 
-// Vectors of blocks that are computed side by side: one round has to wait for the one before, so
-// there must be others to do, even more than there are registers for.
-constexpr int chains = 8;
-
 // Words of Philox4x32-10 in the low halves of 64-bit lanes; what the high halves hold never reaches
-// them, so nothing clears it.
+// them, so nothing clears it. `chains`: vectors of blocks that are computed side by side, since one
+// round has to wait for the one before.
+template <int chains>
 struct PhiloxVectors {
   u64v word[4][chains];
 };
@@ -32,8 +30,9 @@ struct PhiloxKeys {
 
 // Replaces the low halves of block numbers in word[0] by random words; the upper halves are `high`.
 // That half of the state is equal in all lanes for two rounds saves a tenth of the work.
-BNEXT_INLINE void philox_vectors(PhiloxVectors& state, std::uint64_t high, std::uint64_t offset,
-                                 const PhiloxKeys& keys) {
+template <int chains>
+BNEXT_INLINE void philox_vectors(PhiloxVectors<chains>& state, std::uint64_t high,
+                                 std::uint64_t offset, const PhiloxKeys& keys) {
   const u64v zero{};
   u64v(&c)[4][chains] = state.word;
   for (int v = 0; v < chains; ++v) {
@@ -54,23 +53,23 @@ BNEXT_INLINE void philox_vectors(PhiloxVectors& state, std::uint64_t high, std::
   }
 }
 
-// Spans whose bits are made at once.
-constexpr std::int64_t spans_at_once = 4;
-
-// Whether each of the 128 elements of each span is kept, a bit for each: its 16 random bits are at
-// least `threshold`. See MaskLayout. Nonzero if any of them are `tie`.
+// Whether each of the 128 elements of each of `spans` spans is kept, a bit for each: its 16 random
+// bits are at least `threshold`. See MaskLayout. Nonzero if any of them equal it.
+template <int spans>
 BNEXT_INLINE unsigned span_bits(const PhiloxKeys& keys, std::uint64_t offset, std::int64_t span,
                                 std::int32_t threshold, std::uint16_t* kept) {
   constexpr int wide = vector_bytes / 8;
-  constexpr int blocks = static_cast<int>(spans_at_once) * MaskLayout::lanes;
+  constexpr int blocks = spans * MaskLayout::lanes;
+  constexpr int most_chains = 8;  // more than there are registers for, but it pays
+  constexpr int chains = blocks / wide < most_chains ? blocks / wide : most_chains;
   const std::uint64_t first = static_cast<std::uint64_t>(span) * MaskLayout::lanes;
   u64v twice;
   for (int l = 0; l < wide; ++l) twice[l] = static_cast<std::uint64_t>(2 * l);
   const u16v ties = static_cast<std::uint16_t>(threshold) - u16v{};
   unsigned found = 0;
-  for (std::int64_t i = 0; i < spans_at_once * MaskLayout::span / 16; ++i) kept[i] = 0;
+  for (std::int64_t i = 0; i < spans * MaskLayout::span / 16; ++i) kept[i] = 0;
   for (int start = 0; start < blocks; start += chains * wide) {
-    PhiloxVectors random;
+    PhiloxVectors<chains> random;
     // Blocks with even and with odd numbers: put together, 32-bit lanes are in order.
     for (int v = 0; v < chains; ++v)
       random.word[0][v] =
@@ -94,10 +93,12 @@ BNEXT_INLINE unsigned span_bits(const PhiloxKeys& keys, std::uint64_t offset, st
   return found;
 }
 
-// Whether elements are kept, some spans at a time.
+// Whether elements are kept, `spans` spans at a time: some are faster than one, one is better among
+// other work, which the processor can then do at the same time.
+template <int spans>
 class MaskBits {
  public:
-  static constexpr std::int64_t batch = spans_at_once * MaskLayout::span;
+  static constexpr std::int64_t batch = spans * MaskLayout::span;
 
   explicit MaskBits(const MaskDraw& draw) : draw_(draw), keys_(draw.seed) {}
 
@@ -112,7 +113,7 @@ class MaskBits {
   __attribute__((noinline)) void make(std::int64_t number) {
     number_ = number;
     const auto high = static_cast<std::int32_t>(draw_.threshold >> 16);
-    const bool found = span_bits(keys_, draw_.offset, number * spans_at_once, high, kept_) != 0;
+    const bool found = span_bits<spans>(keys_, draw_.offset, number * spans, high, kept_) != 0;
     if (found && (draw_.threshold & 0xFFFFu) != 0) settle(number);
   }
 
@@ -120,8 +121,8 @@ class MaskBits {
   __attribute__((noinline)) void settle(std::int64_t number) {
     const auto high = static_cast<std::uint32_t>(draw_.threshold >> 16);
     const auto low = static_cast<std::uint32_t>(draw_.threshold & 0xFFFFu);
-    const auto first = static_cast<std::uint64_t>(number * spans_at_once) * MaskLayout::lanes;
-    for (int b = 0; b < spans_at_once * MaskLayout::lanes; ++b) {
+    const auto first = static_cast<std::uint64_t>(number * spans) * MaskLayout::lanes;
+    for (int b = 0; b < spans * MaskLayout::lanes; ++b) {
       const PhiloxBlock block =
           mask_block(draw_.seed, draw_.offset, first + static_cast<unsigned>(b), false);
       for (int w = 0; w < 8; ++w) {
@@ -144,10 +145,12 @@ class MaskBits {
 // The bits of elements that share them.
 class SharedBits {
  public:
+  using Mask = MaskBits<4>;
+
   explicit SharedBits(const MaskMap& map) : map_(map) {}
 
   // Those of `count` elements, up to a batch, from `first` on.
-  const std::uint8_t* of(MaskBits& mask, std::int64_t first, std::int64_t count) {
+  const std::uint8_t* of(Mask& mask, std::int64_t first, std::int64_t count) {
     const std::int64_t period = map_.units * map_.run, size = map_.repeats * period;
     std::int64_t sample = first / size, left = size - first % size;
     std::int64_t unit = first % period / map_.run, in_run = first % map_.run;
@@ -155,11 +158,11 @@ class SharedBits {
     filled_ = 0;
     next_ = words_;
     for (std::int64_t k = 0; k < count;) {
-      const std::int64_t number = sample * map_.units + unit, place = number % MaskBits::batch;
+      const std::int64_t number = sample * map_.units + unit, place = number % Mask::batch;
       const Bits bits{mask.of(number), place};
       std::int64_t n = count - k;
       if (map_.run == 1) {
-        n = least(n, least(map_.units - unit, MaskBits::batch - place));
+        n = least(n, least(map_.units - unit, Mask::batch - place));
         constexpr std::int64_t most = 24;  // bits that are there from any bit of a byte on
         for (std::int64_t i = 0; i < n; i += most) append(bits.at(i), least(n - i, most));
         unit += n;
@@ -198,8 +201,11 @@ class SharedBits {
   std::uint64_t word_;
   std::int64_t filled_;
   std::uint32_t* next_;
-  std::uint32_t words_[MaskBits::batch / 32 + 2];  // Bits reads on
+  std::uint32_t words_[Mask::batch / 32 + 2];  // Bits reads on
 };
+
+// Spans that are taken in one go, at most.
+constexpr std::int64_t most_spans = 256;
 
 template <class S>
 void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
@@ -207,37 +213,46 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
   const auto* x = static_cast<const S*>(a.x);
   auto* y = static_cast<S*>(a.y);
   const auto scale = static_cast<Compute<S>>(a.draw.scale);
+  const std::int64_t first = first_span * MaskLayout::span;
   const std::int64_t end =
       last_span * MaskLayout::span < a.size ? last_span * MaskLayout::span : a.size;
   const bool shifted = a.shift != 0 || a.dropped != 0;
   const auto shift = static_cast<Compute<S>>(a.shift);
   const Vector<S> dropped = static_cast<Compute<S>>(a.dropped) - Vector<S>{};
-  MaskBits mask(a.draw);
+  SharedBits::Mask mask(a.draw);
   SharedBits shared(a.map);
+  const S* from = x + first;
   // Elements are asked for in bursts, between which the processor alone would not fetch any.
   const Ahead<S> ahead{x + a.size, x};
-  SharedLine<S> shared_line;
 
-  for (std::int64_t begin = first_span * MaskLayout::span; begin < end; begin += MaskBits::batch) {
-    const std::int64_t count = end - begin < MaskBits::batch ? end - begin : MaskBits::batch;
-    const Bits kept{a.map.shares() ? shared.of(mask, begin, count) : mask.of(begin), 0};
-    const S* from = x + begin;
-    shared_line.continues = end - begin >= MaskBits::batch + line_length<S>;
-    const auto write_values = [&](auto value) __attribute__((always_inline)) {
-      write<1, false>(
-          y + begin, 0, count, streaming, &shared_line, [](auto) { return 0; }, value,
-          [&](std::int64_t e, std::int64_t n) { ahead.fetch(from + e, n); });
-    };
-    // Not one loop for both: to add 0 is to change the sign of -0.
-    if (shifted)
-      write_values([&](int, auto at, int) __attribute__((always_inline)) {
-        return select_lanes(kept.at(at.i), at(from) * scale + shift, dropped);
-      });
-    else
-      write_values([&](int, auto at, int) __attribute__((always_inline)) {
-        return select_lanes(kept.at(at.i), at(from) * scale, Vector<S>{});
-      });
-  }
+  constexpr std::int64_t batch = SharedBits::Mask::batch;
+  std::uint8_t kept[most_spans * MaskLayout::span / 8 + batch / 8 + 4];  // Bits reads on
+  const Bits bits{kept, 0};
+  std::int64_t drawn = 0;
+  const auto draw = [&]() {
+    const std::int64_t begin = first + drawn;
+    const std::int64_t count = end - begin < batch ? end - begin : batch;
+    __builtin_memcpy(kept + drawn / 8,
+                     a.map.shares() ? shared.of(mask, begin, count) : mask.of(begin), batch / 8);
+    drawn += batch;
+  };
+  const auto write_values = [&](auto value) __attribute__((always_inline)) {
+    write<1, false>(
+        y + first, 0, end - first, streaming, no_shared_line<S>, [](auto) { return 0; }, value,
+        [&](std::int64_t e, std::int64_t n) {
+          ahead.fetch(from + e, n);
+          while (drawn < e + n) draw();
+        });
+  };
+  // Not one loop for both: to add 0 is to change the sign of -0.
+  if (shifted)
+    write_values([&](int, auto at, int) __attribute__((always_inline)) {
+      return select_lanes(bits.at(at.i), at(from) * scale + shift, dropped);
+    });
+  else
+    write_values([&](int, auto at, int) __attribute__((always_inline)) {
+      return select_lanes(bits.at(at.i), at(from) * scale, Vector<S>{});
+    });
 }
 
 }  // namespace

@@ -15,11 +15,12 @@ namespace {
 constexpr std::int64_t longest_run = 16384;
 
 // An activation alone. `linear`: gradients pass as they are. `plain`: a run has nothing of its own.
+// `much`: it takes so much code that there should be few copies of it.
 template <class S, class Epilogue>
 class Plain {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = Epilogue::linear, plain = true;
+  static constexpr bool linear = Epilogue::linear, plain = true, much = false;
 
   explicit Plain(const Fusion& f) : slope_(static_cast<T>(f.negative_slope)) {}
 
@@ -61,15 +62,29 @@ __attribute__((noinline)) V gradient_of_its_own(V g, V z, T slope) {
   return Epilogue::gradient(g, z, slope);
 }
 
+using FusedBits = MaskBits<1>;
+
 // Where the random bits of dropout come from in a pass, and whether they are noted for another.
 enum class Mask { drawn, drawn_and_noted, noted };
 
+// What a loop knows of its fusion when it is compiled: nothing,
+struct Unknown {
+  static constexpr bool known = false, residual = false, dropping = false;
+};
+// or a cheap activation, whether there is a residual, of which backward has the bits that passed,
+// and dropout. Nothing is inverted.
+template <class Epilogue_, bool residual_, bool dropping_>
+struct Known {
+  using Epilogue = Epilogue_;
+  static constexpr bool known = true, residual = residual_, dropping = dropping_;
+};
+
 // Whatever the fusion says.
-template <class S, Mask mask>
+template <class S, Mask mask, class Knowledge = Unknown>
 class General {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = false, plain = false;
+  static constexpr bool linear = false, plain = false, much = true;
 
   explicit General(const Fusion& f)
       : fusion_(f),
@@ -82,7 +97,7 @@ class General {
 
   class Run {
    public:
-    static constexpr bool invertible = true;
+    static constexpr bool invertible = !Knowledge::known;
 
     Run(General& of, std::int64_t first, std::int64_t length, std::int64_t number, Ahead<S> ahead)
         : of_(of),
@@ -96,9 +111,9 @@ class General {
           scale_(of.scale_),
           inverse_(1 / of.slope_),
           inverted_(of.fusion_.inverted),
-          dropping_(of.dropping_),
+          may_drop_(of.dropping_),
           recording_(of.recording_) {
-      if (dropping_) {
+      if (dropping()) {
         std::uint8_t* const noted = of.fusion_.kept + number * of.fusion_.kept_bytes;
         kept_ = {mask == Mask::drawn ? of.kept_ : noted, first % 8};
       }
@@ -110,12 +125,13 @@ class General {
     // What the loops go by: x, or, if there is the result of a LeakyReLU instead, what that was of.
     template <class V>
     BNEXT_INLINE V input(V x) const {
+      if constexpr (Knowledge::known) return x;
       return inverted_ ? epilogue::leaky_relu::value(x, inverse_) : x;
     }
 
     // Before the elements up to `end` are asked for, counted from the first.
     BNEXT_INLINE void ready(std::int64_t end) {
-      if (mask == Mask::noted || !dropping_) return;
+      if (mask == Mask::noted || !dropping()) return;
       while (drawn_ < first_ + end) draw();
     }
     BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count) const {
@@ -123,7 +139,7 @@ class General {
     }
     // After the last element.
     BNEXT_INLINE void finish() {
-      if (recording_) deposit(of_, words_, word_, first_, end_ - first_);
+      if (recording()) deposit(of_, words_, word_, first_, end_ - first_);
     }
 
     template <class V, class P>
@@ -142,6 +158,22 @@ class General {
     }
 
    private:
+    BNEXT_INLINE bool adding() const {
+      if constexpr (Knowledge::known) return Knowledge::residual;
+      return residual_ != nullptr;
+    }
+    BNEXT_INLINE bool dropping() const {
+      if constexpr (Knowledge::known) return Knowledge::dropping;
+      return may_drop_;
+    }
+    // Bits of what passes are written, or read.
+    BNEXT_INLINE bool recording() const {
+      return (!Knowledge::known || Knowledge::residual) && recording_;
+    }
+    BNEXT_INLINE bool knowing() const {
+      if constexpr (Knowledge::known) return Knowledge::residual;
+      return passes_.bytes != nullptr;
+    }
     template <class V, class P>
     __attribute__((noinline)) V value_once(V z, P at) {
       return value_here(z, at);
@@ -152,31 +184,31 @@ class General {
     }
     template <class V, class P>
     BNEXT_INLINE V value_here(V z, P at) {
-      if (residual_ != nullptr) z = z + at(residual_);
+      if (adding()) z = z + at(residual_);
       V y = with_epilogue([&](auto e) __attribute__((always_inline)) -> V {
         using Epilogue = decltype(e);
         if constexpr (Epilogue::gated)
-          if (recording_) record(mask_of_lanes(Epilogue::passes(z)), at);
+          if (recording()) record(mask_of_lanes(Epilogue::passes(z)), at);
         if constexpr (Epilogue::cheap) return Epilogue::value(z, slope_);
         return value_of_its_own<Epilogue>(z, slope_);
       });
-      return dropping_ ? select_lanes(kept_.at(at.i), y * scale_, V{}) : y;
+      return dropping() ? select_lanes(kept_.at(at.i), y * scale_, V{}) : y;
     }
 
     template <class V, class P, class Normalised>
     BNEXT_INLINE V gradient_here(V g, P at, Normalised normalised) const {
-      if (dropping_) g = select_lanes(kept_.at(at.i), g * scale_, V{});
+      if (dropping()) g = select_lanes(kept_.at(at.i), g * scale_, V{});
       return with_epilogue([&](auto e) __attribute__((always_inline)) -> V {
         using Epilogue = decltype(e);
         if constexpr (Epilogue::linear) return g;
         if constexpr (Epilogue::gated)
-          if (passes_.bytes != nullptr) {
+          if (knowing()) {
             // Nothing is left of an infinite gradient, not the NaN that times 0 would make of it.
             const T leak = Epilogue::leak(slope_);
             return select_lanes(passes_.at(at.i), g, leak == 0 ? V{} : g * leak);
           }
         V z = normalised();
-        if (residual_ != nullptr) z = z + at(residual_);
+        if (adding()) z = z + at(residual_);
         if constexpr (Epilogue::cheap) return Epilogue::gradient(g, z, slope_);
         return gradient_of_its_own<Epilogue>(g, z, slope_);
       });
@@ -184,13 +216,16 @@ class General {
 
     template <class Body>
     BNEXT_INLINE auto with_epilogue(Body body) const {
-      switch (activation_) {
+      if constexpr (Knowledge::known)
+        return body(typename Knowledge::Epilogue());
+      else
+        switch (activation_) {
 #define BNEXT_CASE(name) \
   case Activation::name: \
     return body(epilogue::name());
-        BNEXT_EPILOGUES(BNEXT_CASE)
+          BNEXT_EPILOGUES(BNEXT_CASE)
 #undef BNEXT_CASE
-      }
+        }
       return body(epilogue::none());
     }
 
@@ -200,13 +235,13 @@ class General {
       drawn_ += draw_bits(of_.bits_, drawn_, end_, to);
     }
     // Not of this object either. How many there were.
-    __attribute__((noinline)) static std::int64_t draw_bits(MaskBits& bits, std::int64_t first,
+    __attribute__((noinline)) static std::int64_t draw_bits(FusedBits& bits, std::int64_t first,
                                                             std::int64_t end, std::uint8_t* to) {
-      const std::int64_t begin = first % MaskBits::batch, rest = MaskBits::batch - begin;
+      const std::int64_t begin = first % FusedBits::batch, rest = FusedBits::batch - begin;
       const std::uint8_t* from = bits.of(first) + begin / 8;
       const std::int64_t count = end - first < rest ? end - first : rest;
-      if (count == MaskBits::batch)
-        __builtin_memcpy(to, from, MaskBits::batch / 8);
+      if (count == FusedBits::batch)
+        __builtin_memcpy(to, from, FusedBits::batch / 8);
       else
         for (std::int64_t k = 0; k < (begin % 8 + count + 7) / 8; ++k) to[k] = from[k];
       return count;
@@ -252,7 +287,7 @@ class General {
     Ahead<S> ahead_;
     Activation activation_;
     T slope_, scale_, inverse_;
-    bool inverted_, dropping_, recording_;
+    bool inverted_, may_drop_, recording_;
     Bits kept_{nullptr, 0}, passes_{nullptr, 0};
     std::uint64_t word_ = 0;
     std::int64_t filled_ = 0, words_ = 0;
@@ -268,9 +303,9 @@ class General {
   const T slope_;
   const bool dropping_, recording_;
   const T scale_;
-  MaskBits bits_;
+  FusedBits bits_;
   // Of one run: what is kept, and what passes.
-  std::uint8_t kept_[mask == Mask::drawn ? (longest_run + 2 * MaskBits::batch) / 8 : 1];
+  std::uint8_t kept_[mask == Mask::drawn ? (longest_run + 2 * FusedBits::batch) / 8 : 1];
   std::uint64_t words_[mask == Mask::drawn ? longest_run / 64 + 3 : 1];
 };
 

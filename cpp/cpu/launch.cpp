@@ -52,12 +52,21 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
   return array != nullptr ? static_cast<double>(static_cast<const T*>(array)[c]) : otherwise;
 }
 
-int path_of(const Fusion& f, bool grad_residual = false) {
-  const bool alone =
-      f.residual == nullptr && f.dropout.threshold == 0 && f.passes == nullptr && !grad_residual;
-  if (alone && f.activation == Activation::none) return static_cast<int>(Path::none);
-  if (alone && f.activation == Activation::relu) return static_cast<int>(Path::relu);
-  return static_cast<int>(Path::general);
+// `residual`: there is one, of which loops of their own ask what they need; `more`: something that
+// only the general ones do.
+Path path_of(const Fusion& f, bool residual, bool more) {
+  const bool dropping = f.dropout.threshold > 0;
+  if (f.activation == Activation::none && !residual && !dropping && !more) return Path::none;
+  if (f.activation != Activation::relu || (residual && dropping) || (more && !residual))
+    return Path::general;
+  return residual ? Path::residual_and_relu : dropping ? Path::relu_and_dropout : Path::relu;
+}
+int forward_path(const Fusion& f) {
+  return static_cast<int>(path_of(f, f.residual != nullptr, f.passes != nullptr));
+}
+// Backward of a residual and ReLU goes by the bits of what passed, if there are any.
+int backward_path(const Fusion& f, bool grad_residual) {
+  return static_cast<int>(path_of(f, f.passes != nullptr, f.residual != nullptr || grad_residual));
 }
 
 // reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk, next): with
@@ -109,7 +118,7 @@ void launch(const BatchNormForwardArgs& a, const Kernels<S>& kernels) {
   auto* forward = workspace.take<Affine<T>>(channels);
   const auto* x = static_cast<const S*>(a.x);
   auto* y = static_cast<S*>(a.y);
-  const auto apply = kernels.apply[path_of(a.fusion)];
+  const auto apply = kernels.apply[forward_path(a.fusion)];
 
   reduce_then_apply(
       grid,
@@ -155,7 +164,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const auto* x = static_cast<const S*>(a.x);
   auto* grad_x = static_cast<S*>(a.grad_x);
   auto* grad_residual = static_cast<S*>(a.grad_residual);
-  const int path = path_of(fusion, grad_residual != nullptr);
+  const int path = backward_path(fusion, grad_residual != nullptr);
   const auto grad_sums = kernels.grad_sums[path];
   const auto apply_grad = kernels.apply_grad[path];
   const auto count = static_cast<double>(a.problem.per_channel());
@@ -207,7 +216,7 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
     forward[c] = normalisation<T>(static_cast<const T*>(a.mean)[c],
                                   1 / std::sqrt(value_or<T>(a.var, c, 0) + a.eps),
                                   value_or<T>(a.weight, c, 1), value_or<T>(a.bias, c, 0));
-  const auto apply = kernels.apply[path_of(a.fusion)];
+  const auto apply = kernels.apply[forward_path(a.fusion)];
   // One pass, in the order of memory: no sums to make, so the tiles can be what suits the threads.
   grid.sum_next = false;
   constexpr std::int64_t enough = 4;

@@ -14,10 +14,10 @@ struct GradSums {
   double g, gx;
 };
 
-// How what follows the normalisation is computed: activations that cost next to nothing have loops
-// of their own.
-enum class Path { none, relu, general };
-constexpr int paths = 3;
+// How what follows the normalisation is computed: what is frequent and costs next to nothing has
+// loops of its own.
+enum class Path { none, relu, relu_and_dropout, residual_and_relu, general };
+constexpr int paths = 5;
 
 // Serial loops over one tile; S is the dtype of the data. Arrays per channel start at channel 0,
 // and partials[chunk * grid.problem.c + channel] is the place of a tile's sums. `forward`

@@ -12,18 +12,42 @@
 namespace bnext {
 namespace {
 
+// `Own` where loops of its own are worth their space, otherwise those of whatever the fusion says.
+template <bool worth, class Own, class Any>
+struct Choice {
+  using type = Own;
+};
+template <class Own, class Any>
+struct Choice<false, Own, Any> {
+  using type = Any;
+};
+
 template <class S>
 struct Table {
+  template <Mask mask>
+  using Any = General<S, mask>;
   using None = Plain<S, epilogue::none>;
-  using Relu = Plain<S, epilogue::relu>;
-  using Any = General<S, Mask::drawn>;
-  using AnySums = General<S, Mask::drawn_and_noted>;
-  using AnyAgain = General<S, Mask::noted>;
+  template <Mask mask>
+  using Relu = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && !compact),
+                               Plain<S, epilogue::relu>, Any<mask>>::type;
+  template <Mask mask, bool residual>
+  using ReluAnd = typename Choice<sizeof(S) == 4 && !compact,
+                                  General<S, mask, Known<epilogue::relu, residual, !residual>>,
+                                  Any<mask>>::type;
+  template <Mask mask>
+  using Dropout = ReluAnd<mask, false>;
+  template <Mask mask>
+  using Residual = ReluAnd<mask, true>;
+  static constexpr Mask drawn = Mask::drawn, noted = Mask::drawn_and_noted, again = Mask::noted;
   static constexpr Kernels<S> kernels{
       moments<S>,
-      {apply<S, None>, apply<S, Relu>, apply<S, Any>},
-      {grad_sums<S, None>, grad_sums<S, Relu>, grad_sums<S, AnySums>},
-      {apply_grad<S, None, None>, apply_grad<S, Relu, Relu>, apply_grad<S, AnyAgain, AnySums>},
+      {apply<S, None>, apply<S, Relu<drawn>>, apply<S, Dropout<drawn>>, apply<S, Residual<drawn>>,
+       apply<S, Any<drawn>>},
+      {grad_sums<S, None>, grad_sums<S, Relu<noted>>, grad_sums<S, Dropout<noted>>,
+       grad_sums<S, Residual<noted>>, grad_sums<S, Any<noted>>},
+      {apply_grad<S, None, None>, apply_grad<S, Relu<again>, Relu<noted>>,
+       apply_grad<S, Dropout<again>, Dropout<noted>>,
+       apply_grad<S, Residual<again>, Residual<noted>>, apply_grad<S, Any<again>, Any<noted>>},
       dropout<S>};
 };
 
