@@ -21,6 +21,7 @@ from bnext._core import (
     set_buffer_limit,
     set_num_threads,
 )
+from bnext.diagnosis import doctor
 from bnext.folding import fold
 from bnext.random import Generator, manual_seed
 from bnext.reestimation import reestimate
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "buffer_stats",
     "conventions",
+    "doctor",
     "fold",
     "functional",
     "get_num_threads",
