@@ -62,8 +62,8 @@ def collect(
         x, y = (data.x_test, data.y_test) if where == "validation" else (data.x_train, data.y_train)
     elif _is_array(data):
         x, y = data, None
-    elif isinstance(data, tuple) and len(data) == 2 and all(map(_is_array, data)):
-        x, y = data
+    elif isinstance(data, tuple) and len(data) == 2 and _is_array(data[0]):
+        x, y = data[0], data[1] if _is_array(data[1]) else np.asarray(data[1])
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
         return _of_loader(data, batch_size, last_batch, samples, normalizer, where)
     else:
@@ -83,7 +83,8 @@ def collect(
     count = -(-n // usual) if where == "validation" else n // usual
     starts = usual * np.arange(count)
     if count * usual > samples:  # from everywhere, should the order mean something
-        starts = starts[:: max(1, (count * usual) // max(samples, usual))]
+        kept = max(1, samples // usual)
+        starts = starts[np.arange(kept) * count // kept]
     items = []
     for start in starts:
         chosen = order[start : start + usual]
@@ -103,9 +104,13 @@ def _of_loader(
     seen = 0
     iterator = iter(data)
     for batch in iterator:
-        x, y = (batch[0], batch[1]) if isinstance(batch, tuple | list) and len(batch) > 1 else (
-            batch[0] if isinstance(batch, tuple | list) and batch else batch,
-            None,
+        x, y = (
+            (batch[0], batch[1])
+            if isinstance(batch, tuple | list) and len(batch) > 1
+            else (
+                batch[0] if isinstance(batch, tuple | list) and batch else batch,
+                None,
+            )
         )
         if not _is_array(x):
             raise TypeError(

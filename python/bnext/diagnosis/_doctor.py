@@ -16,15 +16,23 @@ from bnext.diagnosis._measured import Channels, Scores
 from bnext.diagnosis._network import Graph, Network, Norm, network_of
 from bnext.diagnosis._static import finding, typical
 from bnext.diagnosis.report import Evaluation, Finding, Layer, Report
-from bnext.diagnosis.rules import GAP_OF_MEAN, GAP_OF_VAR, RULES, rule
+from bnext.diagnosis.rules import (
+    BEHIND,
+    CONSTANT,
+    GAP_OF_MEAN,
+    GAP_OF_VAR,
+    LEAST_BATCHES,
+    LEAST_CHANNELS,
+    LEAST_LOSS,
+    LEAST_VALUES,
+    PASSES,
+    RULES,
+    chance_of_imbalance,
+    rule,
+)
 from bnext.nn.module import Array
 
 __all__ = ["doctor"]
-
-# Batches that an analysis of variance needs; with fewer, F is a matter of chance.
-_LEAST_BATCHES = 8
-_LEAST_OUTPUTS = 2000  # to see a share of 0.1 %
-_LEAST_CHANNELS = 8  # for shares of channels
 
 
 def doctor(
@@ -140,15 +148,8 @@ def doctor(
             validation = data
         batches = _batches.collect(data, shuffle=shuffle, **options)
     if dataset_size is not None:
-        batches = batches._replace(
-            **dict(
-                zip(
-                    ("batch_size", "last"),
-                    _batches.sizes(dataset_size, batches.batch_size, last_batch),
-                    strict=True,
-                )
-            )
-        )
+        usual, last = _batches.sizes(dataset_size, batches.batch_size, last_batch)
+        batches = batches._replace(batch_size=usual, last=last)
     held_out = None
     if validation is not None:
         held_out = _batches.collect(validation, shuffle=True, where="validation", **options)
@@ -231,7 +232,7 @@ class _Diagnosis:
     def _before_relu(self, index: int) -> bool:
         users = self.graph.users(index)
         # A sum with a residual in the same pass is a node of the layer itself.
-        while len(users) == 1 and users[0].name == self.graph.nodes[index].name != "":
+        while len(users) == 1 and users[0].name == self.graph.nodes[index].name:
             if users[0].kind == "relu":
                 return True
             users = self.graph.users(self.graph.nodes.index(users[0]))
@@ -370,9 +371,11 @@ class _Diagnosis:
                 yield from finding("BNX202", norm.name, row.rse)
                 yield from finding("BNX203", norm.name, row.constant)
                 yield from finding("BNX205", norm.name, row.shift)
-                yield from finding("BNX207", norm.name, row.imbalance)
+                batches = self.running[norm.name].batches
+                if row.imbalance > chance_of_imbalance(batches):
+                    yield from finding("BNX207", norm.name, row.imbalance, f"{batches} batches")
                 yield from finding("BNX209", norm.name, row.kurtosis)
-            if norm.num_features >= _LEAST_CHANNELS:
+            if norm.num_features >= LEAST_CHANNELS:
                 predicted = f"predicted from weight and bias: {row.dead_predicted:.2g}"
                 detail = "" if math.isnan(row.dead_predicted) else predicted
                 yield from finding("BNX204", norm.name, row.dead, detail)
@@ -430,7 +433,7 @@ class _Diagnosis:
         other = self.validated.get("running")
         if other is not None and self.dropout:
             behind = running.accuracy - other.accuracy
-            if behind < 0.01:
+            if behind < BEHIND:
                 detail = f"validation {other.accuracy:.4g}"
                 yield from finding("BNX211", "", running.accuracy, detail)
 
@@ -449,18 +452,18 @@ class _Diagnosis:
             row = row._replace(growth=max(ratio for _, ratio in self.growth[norm.name]))
         if batch is None or not batch.count:
             return row
-        varies = norm.channels & (batch.var >= 10 * norm.eps)
+        varies = norm.channels & (batch.var >= CONSTANT * norm.eps)
         row = row._replace(
             rse=typical(batch.rse(samples), varies),
             correlation=typical(batch.correlation, varies),
             kurtosis=typical(batch.kurtosis, varies),
-            constant=_share(batch.var < 10 * norm.eps, norm.channels),
+            constant=_share(batch.var < CONSTANT * norm.eps, norm.channels),
         )
         if norm.running_mean is not None and not norm.untrained:
             row = row._replace(gap=_gap(norm, batch))
-        if norm.name in self.relu and batch.count >= _LEAST_OUTPUTS:
+        if norm.name in self.relu and batch.count >= LEAST_VALUES:
             row = row._replace(
-                dead=float(np.mean(batch.positive < 0.001)),
+                dead=float(np.mean(batch.positive < PASSES)),
                 dead_predicted=_measured.predicted_dead(norm),
             )
         training, running = self.training.get(norm.name), self.running.get(norm.name)
@@ -468,15 +471,11 @@ class _Diagnosis:
             ratio = (batch.var + norm.eps) / (training.var + norm.eps)
             row = row._replace(shift=typical(ratio, varies))
         if running is not None:
-            if running.batches >= _LEAST_BATCHES:
+            if running.batches >= LEAST_BATCHES:
                 row = row._replace(imbalance=typical(running.imbalance, varies))
             else:
-                self._skip(f"needs {_LEAST_BATCHES} batches or more", "BNX207")
+                self._skip(f"needs {LEAST_BATCHES} batches or more", "BNX207")
         return row
-
-
-LEAST_LOSS = 0.02
-"""Difference of losses, in nats per sample, below which BNX206 does not look at their ratio."""
 
 
 def _gap(norm: Norm, batch: Channels) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnext.diagnosis._network import Network, Norm
-from bnext.diagnosis._static import typical
+from bnext.diagnosis.rules import NEAR_ZERO, PASSES, STANDARD_ERRORS
 from bnext.losses import softmax_cross_entropy
 from bnext.nn.module import Array
 
@@ -62,7 +62,8 @@ class Channels:
     # -- figures of each channel -------------------------------------------------------
     @property
     def mean(self) -> Array:
-        return self._shift + self._scale * self._powers[1] / self.count
+        mean: Array = self._shift + self._scale * self._powers[1] / self.count
+        return mean
 
     @property
     def var(self) -> Array:
@@ -99,7 +100,8 @@ class Channels:
         means, squares = np.concatenate(self._means), np.concatenate(self._squares)
         with np.errstate(all="ignore"):
             q = squares - 2 * delta * means + delta**2
-            return q.std(0) / q.mean(0) / math.sqrt(samples)
+            error: Array = q.std(0) / q.mean(0) / math.sqrt(samples)
+        return error
 
     @property
     def correlation(self) -> Array:
@@ -109,7 +111,8 @@ class Channels:
             return np.full(means.shape[1], np.nan)
         with np.errstate(all="ignore"):
             effect = self._spatial * means.var(0) / self._central[0]
-        return (effect - 1) / (self._spatial - 1)
+        correlation: Array = (effect - 1) / (self._spatial - 1)
+        return correlation
 
     @property
     def imbalance(self) -> Array:
@@ -181,20 +184,18 @@ def passed(
 def default_loss(network: Network) -> Loss:
     def cross_entropy(output: Any, y: Any) -> Array:
         labels = network.array(y).astype(np.int64)
-        return np.asarray(
-            softmax_cross_entropy(network.array(output), labels, reduction="none")[0]
-        )
+        return np.asarray(softmax_cross_entropy(network.array(output), labels, reduction="none")[0])
 
     return cross_entropy
 
 
 def significant(a: Array, b: Array) -> bool:
-    """Whether the losses `a` are above `b`, sample by sample, by more than 2 standard errors."""
+    """Whether the losses `a` are above `b`, sample by sample, by `STANDARD_ERRORS`."""
     difference = a - b
     if len(difference) < 2:
         return False
     error = difference.std(ddof=1) / math.sqrt(len(difference))
-    return bool(difference.mean() > 2 * error)
+    return bool(difference.mean() > STANDARD_ERRORS * error)
 
 
 def gap(norm: Norm, channels: Channels) -> tuple[Array, Array]:
@@ -209,21 +210,18 @@ def gap(norm: Norm, channels: Channels) -> tuple[Array, Array]:
 
 
 def near_zero(norm: Norm) -> float:
-    """Share of weights below 1 % of their 90th percentile."""
+    """Share of weights that are small beside their 90th percentile."""
     if norm.weight is None:
         return math.nan
     size = np.abs(norm.weight)
-    return float(np.mean(size <= 0.01 * np.quantile(size, 0.9)))
+    return float(np.mean(size <= NEAR_ZERO * np.quantile(size, 0.9)))
 
 
 def predicted_dead(norm: Norm) -> float:
-    """Share of channels where Phi(bias / |weight|), what normal inputs would pass, is below 0.1 %."""
+    """Share of channels where Phi(bias / |weight|), what normal inputs pass, is below `PASSES`."""
     if norm.weight is None or norm.bias is None:
         return math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         z = norm.bias / np.abs(norm.weight)
     share = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in z])
-    return float(np.mean(share < 0.001))
-
-
-__all__ = ["Channels", "Scores", "default_loss", "gap", "near_zero", "passed", "typical"]
+    return float(np.mean(share < PASSES))

@@ -61,7 +61,7 @@ class Norm:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
     """One call of a layer, or one operation.
 
@@ -104,7 +104,9 @@ class Graph:
     _made: dict[int, int] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
 
-    def add(self, name: str, kind: str, inputs: tuple[Any, ...], output: Any, **options: Any) -> None:
+    def add(
+        self, name: str, kind: str, inputs: tuple[Any, ...], output: Any, **options: Any
+    ) -> None:
         known = tuple(self._made[id(x)] for x in inputs if id(x) in self._made)
         shape = tuple(inputs[0].shape) if inputs and hasattr(inputs[0], "shape") else ()
         self.nodes.append(Node(name, kind, known, shape, **options))
@@ -198,6 +200,5 @@ def network_of(model: Any) -> Network:
 
         return TorchNetwork(model)
     raise TypeError(
-        "doctor: model: expected a bnext.nn.Module or torch.nn.Module, got "
-        f"{type(model).__name__}"
+        f"doctor: model: expected a bnext.nn.Module or torch.nn.Module, got {type(model).__name__}"
     )

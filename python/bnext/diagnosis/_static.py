@@ -75,10 +75,9 @@ def _momentum(norm: Norm) -> Iterator[Finding]:
         return
     if norm.momentum == 0:
         yield from finding("BNX107", norm.name, 1.0, "momentum 0: running statistics never move")
-    # 0.5 itself is as far from both conventions.
-    elif norm.momentum >= rule("BNX107").threshold:
+    else:
         keras = f"Keras's {norm.momentum:g} is {1 - norm.momentum:.3g} here"
-        yield from finding("BNX107", norm.name, max(norm.momentum, 0.5 + 1e-9), keras)
+        yield from finding("BNX107", norm.name, norm.momentum, keras)
 
 
 def _bias(norm: Norm, graph: Graph, node: Node) -> Iterator[Finding]:
@@ -92,9 +91,7 @@ def _bias(norm: Norm, graph: Graph, node: Node) -> Iterator[Finding]:
         yield from finding("BNX104", before.name, norm.num_features, f"before {norm.name!r}")
 
 
-def _dropout(
-    network: Network, norm: Norm, graph: Graph, index: int, x: Array
-) -> Iterator[Finding]:
+def _dropout(network: Network, norm: Norm, graph: Graph, index: int, x: Array) -> Iterator[Finding]:
     """Of x to BatchNorm, in evaluation: R = Var / (Var + what dropout adds).
 
     Dropout multiplies by b / q, of mean 1 and variance p / q. Directly before BatchNorm that adds

@@ -96,6 +96,10 @@ class TorchNetwork:
             for name, layer in self._named():
                 if mode == "batch":
                     layer.training = True
+                if mode != "running":
+                    # Then buffers are neither used nor moved.
+                    stack.callback(setattr, layer, "track_running_stats", layer.track_running_stats)
+                    layer.track_running_stats = False
                 if watch is not None:
                     hook = layer.register_forward_hook(_watching(name, watch))
                     stack.callback(hook.remove)

@@ -191,7 +191,8 @@ class Report:
             parts.append("No findings.")
         if self.skipped:
             lines = [
-                f"{', '.join(codes)}: {reason}" for reason, codes in _by_reason(self.skipped).items()
+                f"{', '.join(codes)}: {reason}"
+                for reason, codes in _by_reason(self.skipped).items()
             ]
             parts.append("Not checked:\n" + "\n".join(f"  {line}" for line in lines))
         return "\n\n".join(parts)

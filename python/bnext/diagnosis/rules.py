@@ -47,7 +47,7 @@ class Rule:
     source: str
 
     def severity(self, figure: float) -> str | None:
-        """"critical", "warning" or None; None for NaN, which is no figure at all."""
+        """ "critical", "warning" or None; None for NaN, which is no figure at all."""
 
         def beyond(limit: float) -> bool:
             return figure > limit if self.side == "above" else figure < limit
@@ -336,7 +336,31 @@ def rule(code: str) -> Rule:
     return RULES[code]
 
 
+# -- what figures are made with ---------------------------------------------------------
 GAP_OF_MEAN = 0.25
-"""Shift in units of sigma that counts as 1 in the gap of BNX201."""
+"""BNX201: shift in units of sigma that counts as 1 in the gap."""
 GAP_OF_VAR = math.log(1.25)
-"""Log of the variance ratio that counts as 1 there."""
+"""BNX201: log of the variance ratio that counts as 1 there."""
+STANDARD_ERRORS = 2.0
+"""BNX201, BNX206: by so many the one loss is above the other, sample by sample."""
+CONSTANT = 10.0
+"""BNX203: a channel whose variance is below so many eps is constant."""
+PASSES = 0.001
+"""BNX204: a channel is dead if it passes less than this share of the values."""
+LEAST_VALUES = 1000
+"""BNX204: values of a channel that it takes to see so small a share."""
+LEAST_LOSS = 0.02
+"""BNX206: difference of losses, in nats per sample, below which their ratio means nothing."""
+LEAST_BATCHES = 4
+"""BNX207: batches that F needs."""
+NEAR_ZERO = 0.01
+"""BNX208: weights below this part of the 90th percentile are near 0."""
+LEAST_CHANNELS = 8
+"""BNX204, BNX208: channels that it takes to speak of a share of them."""
+BEHIND = 0.01
+"""BNX211: validation accuracy behind that in training, below which nothing is learned by heart."""
+
+
+def chance_of_imbalance(batches: int) -> float:
+    """BNX207: F that random batches stay below: 1 and four standard deviations of F."""
+    return 1 + 4 * math.sqrt(2 / (batches - 1))
