@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 # What has to be found, by one of the codes.
 FAULTS = {
     "stale statistics": ("BNX201", "BNX206"),
-    "tiny batch": ("BNX101", "BNX102", "BNX202"),
+    "tiny batch": ("BNX101", "BNX102", "BNX108", "BNX202"),
     "sorted batches": ("BNX207",),
     "dropout before BatchNorm": ("BNX105", "BNX106", "BNX205"),
     "dead channels": ("BNX204",),

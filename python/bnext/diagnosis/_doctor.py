@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bnext._table import Table
-from bnext.data import LastBatch, Normalizer
+from bnext.data import Dataset, LastBatch, Normalizer
 from bnext.diagnosis import _batches, _measured, _static
 from bnext.diagnosis._batches import Batches
 from bnext.diagnosis._measured import Channels, Scores
@@ -139,22 +139,21 @@ def doctor(
         "normalizer": normalizer,
         "seed": seed,
     }
-    if data is None:
-        batches = _imagined(input_shape, batch_size or 64, seed)
-        if dataset_size is None:
-            dataset_size = batches.batch_size
-    else:
-        if validation is None and hasattr(data, "x_test"):
-            validation = data
-        batches = _batches.collect(data, shuffle=shuffle, **options)
-    if dataset_size is not None:
-        usual, last = _batches.sizes(dataset_size, batches.batch_size, last_batch)
-        batches = batches._replace(batch_size=usual, last=last)
-    held_out = None
-    if validation is not None:
-        held_out = _batches.collect(validation, shuffle=True, where="validation", **options)
-
     with network.preserved(), np.errstate(all="ignore"):
+        # Loaders, too, may draw from the generators that are preserved.
+        if data is None:
+            batches = _imagined(input_shape, batch_size or 64, seed)
+            dataset_size = batches.batch_size if dataset_size is None else dataset_size
+        else:
+            batches = _batches.collect(data, shuffle=shuffle, **options)
+        if dataset_size is not None:
+            usual, last = _batches.sizes(dataset_size, batches.batch_size, last_batch)
+            batches = batches._replace(batch_size=usual, last=last)
+        held_out = None
+        if validation is None and isinstance(data, Dataset):
+            validation = data
+        if validation is not None:
+            held_out = _batches.collect(validation, shuffle=True, where="validation", **options)
         probe = network.convert(batches.items[0][0][:256])
         graph = network.graph(probe)
         diagnosis = _Diagnosis(network, norms, graph, batches, held_out, initial, loss)
@@ -207,7 +206,7 @@ class _Diagnosis:
         loss: Callable[[Any, Any], Any] | None,
     ) -> None:
         self.network = network
-        self.spatial = _static.values_per_sample(graph)
+        self.spatial = _static.values_per_sample(graph, norms)
         self.norms = [norm for norm in norms if norm.name in self.spatial]
         self.graph = graph
         self.given = batches

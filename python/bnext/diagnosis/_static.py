@@ -23,12 +23,13 @@ def finding(code: str, layer: str, figure: float, detail: str = "") -> list[Find
     return [Finding(code, layer, float(figure), severity, detail)] if severity else []
 
 
-def values_per_sample(graph: Graph) -> dict[str, int]:
+def values_per_sample(graph: Graph, norms: list[Norm]) -> dict[str, int]:
     """Per channel, of every BatchNorm that the input reaches."""
+    features = {norm.name: norm.num_features for norm in norms}
     values: dict[str, int] = {}
     for node in graph.nodes:
         if node.kind == "norm" and len(node.shape) > 1:
-            own = math.prod(node.shape[2:])
+            own = math.prod(node.shape[1:]) // features[node.name]
             values[node.name] = min(own, values.get(node.name, own))
     return values
 
@@ -36,7 +37,7 @@ def values_per_sample(graph: Graph) -> dict[str, int]:
 def findings(
     network: Network, norms: list[Norm], graph: Graph, x: object, batches: Batches
 ) -> Iterator[Finding]:
-    spatial = values_per_sample(graph)
+    spatial = values_per_sample(graph, norms)
     inputs = _inputs(network, x)
     by_name = {norm.name: norm for norm in norms}
     for norm in norms:
@@ -52,17 +53,19 @@ def findings(
 
 
 def _sizes(norm: Norm, spatial: int, batches: Batches) -> Iterator[Finding]:
-    def values(samples: int) -> int:
-        groups = max(1, samples // norm.group) if norm.group else 1
-        return samples // groups * spatial
+    def group(samples: int) -> int:
+        return samples // max(1, samples // norm.group) if norm.group else samples
 
-    usual, last = values(batches.batch_size), values(batches.last)
-    ghost = f"ghost batches of {norm.group}" if norm.group else ""
-    where = f"{batches.batch_size} samples" + (f" in {ghost}" if ghost else "")
+    usual, last = group(batches.batch_size) * spatial, group(batches.last) * spatial
+    where = f"{batches.batch_size} samples"
+    if norm.group:
+        where += f" in ghost batches of {norm.group}"
     if usual < rule("BNX101").threshold:
         yield from finding("BNX101", norm.name, usual, f"in every batch: {where}")
         return
     yield from finding("BNX102", norm.name, usual, where)
+    if spatial > 1:
+        yield from finding("BNX108", norm.name, group(batches.batch_size), f"{spatial} values each")
     last_detail = f"last batch: {batches.last} samples"
     if last < rule("BNX101").threshold:
         yield from finding("BNX101", norm.name, last, last_detail)
