@@ -13,7 +13,7 @@ import pytest
 
 import bnext
 from bnext import cli, data, diagnosis, models, nn, random
-from bnext.diagnosis import RULES, _doctor, _measured
+from bnext.diagnosis import RULES, _doctor, _measured, rules
 from bnext.diagnosis._network import network_of
 from bnext.nn.batchnorm import batch_norms
 
@@ -418,11 +418,11 @@ def test_gap_is_measured_in_sigma_and_ratios():
     sigma = np.sqrt(layer.running_var + layer.eps)
     layer.running_mean += 0.5 * sigma
     report = bnext.doctor(model, (x, y))
-    assert report.layers[0].gap == pytest.approx(0.5 / 0.25, rel=0.02)
+    assert report.layers[0].gap == pytest.approx(0.5 / rules.GAP_OF_MEAN, rel=0.02)
     layer.running_mean -= 0.5 * sigma
     layer.running_var *= 2
     report = bnext.doctor(model, (x, y))
-    assert report.layers[0].gap == pytest.approx(np.log(2) / np.log(1.25), rel=0.02)
+    assert report.layers[0].gap == pytest.approx(np.log(2) / np.log(rules.GAP_OF_VAR), rel=0.02)
 
 
 def test_losses_are_those_of_evaluate_and_reestimate():

@@ -482,8 +482,8 @@ def _gap(norm: Norm, batch: Channels) -> float:
     kept = norm.channels & np.isfinite(shift) & np.isfinite(ratio)
     if not kept.any():
         return math.nan
-    mean, var = np.abs(shift[kept]).mean() / GAP_OF_MEAN, np.abs(ratio[kept]).mean() / GAP_OF_VAR
-    return float(max(mean, var))
+    mean, var = np.abs(shift[kept]).mean(), np.abs(ratio[kept]).mean()
+    return float(max(mean / GAP_OF_MEAN, var / math.log(GAP_OF_VAR)))
 
 
 def _share(which: Array, channels: Array) -> float:

@@ -63,6 +63,11 @@ class Rule:
         return text if self.critical is None else f"{text} (critical: {self.critical:g})"
 
 
+GAP_OF_MEAN = 0.2
+"""BNX201: shift in units of sigma that counts as 1 in the gap."""
+GAP_OF_VAR = 1.2
+"""BNX201: variance ratio that counts as 1 there."""
+
 RULES: dict[str, Rule] = {
     row.code: row
     for row in (
@@ -177,7 +182,8 @@ RULES: dict[str, Rule] = {
         Rule(
             "BNX201",
             "running statistics are not those of the data",
-            "gap, the larger of |mean shift| / sigma / 0.25 and |log variance ratio| / log 1.25",
+            f"gap, the larger of |mean shift| / sigma / {GAP_OF_MEAN:g} and |log variance ratio| / "
+            f"log {GAP_OF_VAR:g}",
             "above",
             1,
             4,
@@ -350,10 +356,6 @@ def rule(code: str) -> Rule:
 
 
 # -- what figures are made with ---------------------------------------------------------
-GAP_OF_MEAN = 0.25
-"""BNX201: shift in units of sigma that counts as 1 in the gap."""
-GAP_OF_VAR = math.log(1.25)
-"""BNX201: log of the variance ratio that counts as 1 there."""
 STANDARD_ERRORS = 2.0
 """BNX201, BNX206: by so many the one loss is above the other, sample by sample."""
 CONSTANT = 10.0
