@@ -602,8 +602,9 @@ def test_what_cannot_be_checked_says_why():
     model = settled(ours(HEALTHY), x)
     skipped = bnext.doctor(model, (x, y.astype(np.float32))).skipped
     assert "loss=" in skipped["BNX206"]
-    skipped = bnext.doctor(model, (x[:128], y[:128])).skipped
-    assert skipped["BNX207"] == "needs 4 batches or more"
+    for samples in (2, 64, 128):
+        skipped = bnext.doctor(model, (x[:samples], y[:samples])).skipped
+        assert skipped["BNX207"] == "needs 4 batches or more"
     assert skipped["BNX210"] == "needs the initial state"
 
 

@@ -371,7 +371,7 @@ class _Diagnosis:
                 yield from finding("BNX203", norm.name, row.constant)
                 yield from finding("BNX205", norm.name, row.shift)
                 batches = self.running[norm.name].batches
-                if row.imbalance > chance_of_imbalance(batches):
+                if batches >= LEAST_BATCHES and row.imbalance > chance_of_imbalance(batches):
                     yield from finding("BNX207", norm.name, row.imbalance, f"{batches} batches")
                 yield from finding("BNX209", norm.name, row.kurtosis)
             if norm.num_features >= LEAST_CHANNELS:
