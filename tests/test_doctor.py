@@ -449,6 +449,22 @@ def test_losses_are_those_of_evaluate_and_reestimate():
     assert seen["training", "re-estimated"].loss == pytest.approx(expected.loss, rel=1e-4)
 
 
+def test_a_loss_of_ones_own():
+    torch = pytest.importorskip("torch", reason="its loss is used")
+    x, y = images(256)
+    options = {"select": ["BNX206"], "validation": (x[:64], y[:64])}
+    model = settled(theirs(HEALTHY), x)
+    plain = bnext.doctor(model, (x, y), **options)
+
+    def loss(output, y):
+        return torch.nn.functional.cross_entropy(output, y, reduction="none")
+
+    own = bnext.doctor(model, (torch.from_numpy(x), torch.from_numpy(y)), loss=loss, **options)
+    for a, b in zip(own.evaluations, plain.evaluations, strict=True):
+        assert a[:3] == b[:3]
+        assert a[3:] == pytest.approx(b[3:], rel=1e-4)
+
+
 # -- how networks are seen -------------------------------------------------------------
 def test_fused_layers_are_seen_as_what_they_do():
     bnext.manual_seed(0)
@@ -489,11 +505,16 @@ def test_ghost_batches_are_what_counts():
     assert report.layers[0].values == 4
 
 
-def test_frozen_statistics_are_no_batch_statistics():
+def test_frozen_statistics_are_no_batch_statistics(build):
     x, y = images(256)
-    model = ours([("flatten",), linear(192, 16, True), ("norm", 16), linear(16, CLASSES)])
-    model[2].freeze()
+    model = build([("flatten",), linear(192, 16, True), ("norm", 16), linear(16, CLASSES)])
+    if hasattr(model[2], "freeze"):
+        model[2].freeze()
+    else:
+        model.train()
+        model[2].eval()
     assert bnext.doctor(model, (x, y), batch_size=1, validation=(x, y)).findings == []
+    assert bnext.doctor(model, (x, y)).codes == []
 
 
 def test_functions_of_torch_are_seen():
@@ -639,6 +660,13 @@ def wrong_calls():
         ("text", TypeError, (model, "digits"), {}, "got str"),
         ("labels", ValueError, (model, (x, y[:3])), {}, "expected 16 labels, one for each"),
         ("range", ValueError, (model, (x, y + 4)), {}, "labels: expected values from 0 to 3"),
+        (
+            "validation",
+            ValueError,
+            (model, (x, y)),
+            {"validation": (x, y - 1)},
+            "validation: labels: expected values from 0 to 3",
+        ),
         ("empty", ValueError, (model, x[:0]), {}, "expected one sample or more"),
         ("no batch", ValueError, (model, []), {}, "expected one batch or more"),
         ("batches", TypeError, (model, [{"x": x}]), {}, "expected batches that are arrays"),

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bnext.data import Dataset, Normalizer, num_batches
 from bnext.nn import _check
@@ -19,7 +20,7 @@ class Batches(NamedTuple):
     Attributes
     ----------
     items : list of (x, y)
-        y is None without labels.
+        y is a NumPy array, or None without labels.
     batch_size, last : int
         Samples in a batch, and in the last one of an epoch.
     """
@@ -63,7 +64,7 @@ def collect(
     elif _is_array(data):
         x, y = data, None
     elif isinstance(data, tuple) and len(data) == 2 and _is_array(data[0]):
-        x, y = data[0], data[1] if _is_array(data[1]) else np.asarray(data[1])
+        x, y = data
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
         return _of_loader(data, batch_size, last_batch, samples, normalizer, where)
     else:
@@ -72,8 +73,11 @@ def collect(
             f"got {type(data).__name__}"
         )
     n = len(x)
-    if y is not None and len(y) != n:
-        raise ValueError(f"doctor: {where}: expected {n} labels, one for each sample, got {len(y)}")
+    y = None if y is None else _on_host(y)
+    if y is not None and y.shape[:1] != (n,):
+        raise ValueError(
+            f"doctor: {where}: expected {n} labels, one for each sample, got shape {y.shape}"
+        )
     if n < 1:
         raise ValueError(f"doctor: {where}: expected one sample or more, got none")
     batch_size = 64 if batch_size is None else batch_size
@@ -119,7 +123,7 @@ def _of_loader(
             )
         if y is not None and not (_is_array(y) and len(y) == len(x)):
             raise ValueError(f"doctor: {where}: expected labels, one for each of {len(x)} samples")
-        items.append((_prepared(x, normalizer), y))
+        items.append((_prepared(x, normalizer), None if y is None else _on_host(y)))
         seen += len(x)
         if seen >= samples:
             break
@@ -146,7 +150,12 @@ def _is_array(value: Any) -> bool:
 
 
 def _prepared(x: Any, normalizer: Normalizer | None) -> Any:
-    return x if normalizer is None else normalizer(np.asarray(x))
+    return x if normalizer is None else normalizer(_on_host(x))
+
+
+def _on_host(value: Any) -> NDArray[Any]:
+    """An array, tensor on any device, or list, as an array of NumPy."""
+    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
 def whole(name: str, value: Any, least: int) -> int:

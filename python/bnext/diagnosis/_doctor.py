@@ -84,8 +84,8 @@ def doctor(
     initial : mapping, optional
         ``state_dict()`` of the model before training.
     loss : callable, optional
-        ``loss(output, y)`` gives an array (N,), one value for each sample; by default the
-        cross-entropy.
+        ``loss(output, y)`` gives an array or tensor (N,), one value for each sample; by default
+        the cross-entropy. For PyTorch, both are tensors.
     normalizer : Normalizer, optional
         Applied to each batch.
     select, ignore : iterable of str, optional
@@ -280,19 +280,21 @@ class _Diagnosis:
             return None
         if self.loss is not None:
             return self.loss
-        x, y = batches.items[0]
+        x, labels = batches.items[0]
         output = self.network.array(self.network.run(self.network.convert(x), "running"))
-        labels = np.asarray(y)
         if output.ndim != 2 or labels.ndim != 1 or labels.dtype.kind not in "iu":
             self._skip("needs integer labels and outputs (N, K), or loss=", "BNX206", "BNX211")
             return None
-        for _, labels in batches.items:
-            array = np.asarray(labels)
-            if array.min() < 0 or array.max() >= output.shape[1]:
-                raise ValueError(
-                    f"doctor: data: labels: expected values from 0 to {output.shape[1] - 1}, as "
-                    f"the model has outputs, got {array.min()} to {array.max()}"
-                )
+        given = [(batches, "data")]
+        given += [(self.held_out, "validation")] if self.held_out is not None else []
+        for one, where in given:
+            for _, y in one.items if one.labelled else []:
+                if y.min() < 0 or y.max() >= output.shape[1]:
+                    raise ValueError(
+                        f"doctor: {where}: labels: expected values from 0 to "
+                        f"{output.shape[1] - 1}, as the model has outputs, got {y.min()} to "
+                        f"{y.max()}"
+                    )
         return _measured.default_loss(self.network)
 
     def _validate(self, loss: _measured.Loss | None) -> None:

@@ -166,7 +166,7 @@ def passed(
         output = network.run(x, mode, watch if collect else None)
         if loss is None:
             continue
-        values = np.asarray(network.array(loss(output, y)), np.float64)
+        values = np.asarray(network.array(loss(output, network.labels(y))), np.float64)
         if values.shape != (len(x),):
             raise ValueError(
                 f"doctor: loss: expected one value for each of {len(x)} samples, "
@@ -174,9 +174,8 @@ def passed(
             )
         losses.append(values)
         array = network.array(output)
-        labels = network.array(y)
-        if array.ndim == 2 and labels.ndim == 1:
-            right.append(array.argmax(1) == labels)
+        if array.ndim == 2 and y.ndim == 1:
+            right.append(array.argmax(1) == y)
     accuracy = float(np.concatenate(right).mean()) if right else math.nan
     return channels, Scores(np.concatenate(losses) if losses else None, accuracy)
 

@@ -41,12 +41,16 @@ class TorchNetwork:
         self._device = torch.device("cpu") if first is None else first.device
         floating = (p.dtype for p in model.parameters() if p.is_floating_point())
         self._dtype = next(floating, torch.float32)
+        # Layers in evaluation mode in a network that trains: their statistics are frozen.
+        self._frozen = {
+            name for name, layer in self._named() if model.training and not layer.training
+        }
 
     def _named(self) -> list[tuple[str, Any]]:
         return [(n, m) for n, m in self.model.named_modules() if isinstance(m, _BatchNorm)]
 
     def norms(self) -> list[Norm]:
-        return [_norm(name, layer) for name, layer in self._named()]
+        return [_norm(name, layer, name not in self._frozen) for name, layer in self._named()]
 
     # -- state -------------------------------------------------------------------------
     @contextmanager
@@ -87,6 +91,9 @@ class TorchNetwork:
             tensor = tensor.to(self._dtype)
         return tensor.to(self._device)
 
+    def labels(self, y: Array) -> Tensor:
+        return torch.from_numpy(np.array(y)).to(self._device)
+
     def array(self, y: Any) -> Array:
         return _array(y) if isinstance(y, Tensor) else np.asarray(y, np.float64)
 
@@ -94,9 +101,8 @@ class TorchNetwork:
         self.model.train(mode == "training")
         with ExitStack() as stack:
             for name, layer in self._named():
-                if mode == "batch":
-                    layer.training = True
-                if mode != "running":
+                layer.training = mode != "running" and name not in self._frozen
+                if layer.training:
                     # Then buffers are neither used nor moved.
                     stack.callback(setattr, layer, "track_running_stats", layer.track_running_stats)
                     layer.track_running_stats = False
@@ -133,7 +139,7 @@ def _array(tensor: Tensor) -> Array:
     return np.array(tensor.detach().cpu().double().numpy())
 
 
-def _norm(name: str, layer: Any) -> Norm:
+def _norm(name: str, layer: Any, by_batch: bool) -> Norm:
     def copied(tensor: Tensor | None) -> Array | None:
         return None if tensor is None else _array(tensor)
 
@@ -150,7 +156,7 @@ def _norm(name: str, layer: Any) -> Norm:
         None if tracked is None else int(tracked),
         np.ones(layer.num_features, bool),
         None,
-        True,
+        by_batch,
     )
 
 
