@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import importlib.util
 import json
 import pathlib
 import re
@@ -795,6 +796,20 @@ def test_command_on_files(capsys, folder):
     )
     common = ["--data", "npz:four.npz"]
     assert run(capsys, "doctor", "net.py:good", *common)[0] == 0
+    if importlib.util.find_spec("torch"):
+        (folder / "theirs.py").write_text(
+            "from torch import nn\n"
+            "def good():\n"
+            "    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 4))\n"
+            "def wrong():\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(7, 4), nn.BatchNorm1d(4))\n"
+        )
+        status, out, _ = run(capsys, "doctor", "theirs.py:good", "--json", *common)
+        assert (status, json.loads(out)["framework"]) == (0, "torch")
+        status, _, err = run(capsys, "doctor", "theirs.py:wrong", *common)
+        assert status == 2
+        assert "shapes" in err
+        assert err.count("\n") == 1
     for model, message in (
         ("net.py:bad", "net.py:bad: RuntimeError: no"),
         ("net.py:missing", "AttributeError"),

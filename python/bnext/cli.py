@@ -643,8 +643,8 @@ def _doctor(args: argparse.Namespace, _: _TrainOptions) -> int:
             seed=args.seed,
             **found,
         )
-    except (ValueError, TypeError) as error:
-        raise _Error(str(error)) from error
+    except (ValueError, TypeError, RuntimeError) as error:  # PyTorch raises the last for shapes
+        raise _Error(str(error).partition("\n")[0]) from error
     _say(report.to_json() if args.json else str(report))
     return 0 if report.ok else 1
 
