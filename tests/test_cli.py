@@ -15,6 +15,7 @@ from bnext import _core, cli, random
 from bnext.train import Snapshot
 
 RUN = [sys.executable, "-m", "bnext"]
+COMMANDS = ("train", "evaluate", "doctor", "compare", "info")
 # Small enough to train in a moment.
 SMALL = ["--width", "4", "--depth", "1", "--no-progress"]
 
@@ -337,7 +338,7 @@ def test_info(capsys):
         assert word in out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])
 def test_help_names_every_option_and_imports_no_extra(arguments):
     code = (
         "import sys; from bnext.cli import main\n"
@@ -354,7 +355,7 @@ def test_help_names_every_option_and_imports_no_extra(arguments):
         for name in options.defaults:
             assert f"--{name.replace('_', '-')}" in result.stdout
     elif arguments == ["--help"]:
-        for command in ("train", "evaluate", "info"):
+        for command in COMMANDS:
             assert command in result.stdout
 
 

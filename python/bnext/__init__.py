@@ -21,6 +21,8 @@ from bnext._core import (
     set_buffer_limit,
     set_num_threads,
 )
+from bnext.comparison import advise, compare
+from bnext.diagnosis import doctor
 from bnext.folding import fold
 from bnext.random import Generator, manual_seed
 from bnext.reestimation import reestimate
@@ -29,8 +31,11 @@ from bnext.uncertainty import mc_dropout
 __all__ = [
     "Generator",
     "__version__",
+    "advise",
     "buffer_stats",
+    "compare",
     "conventions",
+    "doctor",
     "fold",
     "functional",
     "get_num_threads",

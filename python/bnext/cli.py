@@ -1,9 +1,11 @@
-"""The command line: ``bnext train``, ``bnext evaluate`` and ``bnext info``."""
+"""The command line: ``bnext train``, ``evaluate``, ``doctor``, ``compare`` and ``info``."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
+import importlib.util
 import math
 import re
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import bnext
-from bnext import _core, _extras, data, models, optim, schedules, train
+from bnext import _core, _extras, comparison, data, diagnosis, models, optim, schedules, train
 from bnext.checkpoint import CheckpointError
 from bnext.data import DataError, Dataset
 from bnext.nn.module import Module
@@ -265,6 +267,9 @@ def _build_parser() -> tuple[argparse.ArgumentParser, _TrainOptions]:
     command.add_argument("--threads", type=_whole(1), metavar="N", help=_THREADS)
     command.set_defaults(run=_evaluate)
 
+    _add_doctor(commands)
+    _add_compare(commands)
+
     command = commands.add_parser(
         "info",
         help="show the version, the kernels and the threads in use",
@@ -272,6 +277,100 @@ def _build_parser() -> tuple[argparse.ArgumentParser, _TrainOptions]:
     )
     command.set_defaults(run=_info)
     return parser, options
+
+
+_DOCTOR_EXAMPLES = """\
+MODEL is a checkpoint or the folder of a run; a model of bnext train with options, such as
+cnn:norm=batch,dropout=0.3,width=16; or FILE.py:NAME or PACKAGE.MODULE:NAME, a function without
+arguments that returns a network of bnext.nn or PyTorch (its code runs).
+
+exit status: 0 no findings, 1 findings, 2 a wrong option, file or data set
+
+examples:
+  bnext doctor runs/digits-cnn-seed0                 a trained network, on its data
+  bnext doctor cnn:dropout=0.5,dropout_position=before-norm
+  bnext doctor model.py:make --data npz:data.npz --batch-size 8 --json
+"""
+
+_COMPARE_EXAMPLES = """\
+A VARIANT is [LABEL=]MODEL, a model of bnext train with options; the first is the baseline.
+
+examples:
+  bnext compare mlp:norm=none mlp                    is Batch Normalization better?
+  bnext compare cnn cnn:dropout=0.3 --lr 0.02 0.05 0.1 --seeds 10 --margin 0.5
+"""
+
+
+def _add_doctor(commands: Any) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="look for what is wrong with BatchNorm and Dropout in a network",
+        description="Findings about the BatchNorm and Dropout layers of a network.",
+        epilog=_DOCTOR_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("model", nargs="?", default="cnn", metavar="MODEL", help="default: cnn")
+    command.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="data set; see bnext train --help (default: that of the checkpoint, or digits)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=_whole(1),
+        metavar="N",
+        help="samples in a step of training (default: that of the checkpoint, or 64)",
+    )
+    command.add_argument(
+        "--no-shuffle",
+        action="store_true",
+        help="training takes the samples in their order",
+    )
+    command.add_argument(
+        "--samples", type=_whole(2), default=2048, metavar="N", help="to look at (default: 2048)"
+    )
+    for name, text in (("select", "report these alone"), ("ignore", "do not report these")):
+        command.add_argument(f"--{name}", nargs="+", metavar="CODE", help=text)
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--threads", type=_whole(1), metavar="N", help=_THREADS)
+    command.set_defaults(run=_doctor)
+
+
+def _add_compare(commands: Any) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="train variants of a model and say what they differ by",
+        description="Train each variant with the same seeds and compare their test accuracies.",
+        epilog=_COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("variants", nargs="+", metavar="VARIANT")
+    command.add_argument("--data", default="digits", metavar="SPEC", help="default: digits")
+    command.add_argument("--seeds", type=_whole(2), default=6, metavar="N", help="default: 6")
+    command.add_argument("--epochs", type=_whole(1), default=10, metavar="N", help="default: 10")
+    command.add_argument(
+        "--batch-size", type=_whole(2), default=64, metavar="N", help="default: 64"
+    )
+    command.add_argument(
+        "--lr",
+        type=_ABOVE_0,
+        nargs="+",
+        default=[0.05],
+        metavar="RATE",
+        help="of several, each variant gets the best on held-out data (default: 0.05)",
+    )
+    command.add_argument(
+        "--margin",
+        type=_ABOVE_0,
+        metavar="POINTS",
+        help="the smallest difference that would matter: test for equivalence within it",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--threads", type=_whole(1), metavar="N", help=_THREADS)
+    command.set_defaults(run=_compare)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, _TrainOptions]:
@@ -486,15 +585,15 @@ def _say(line: str) -> None:
 
 
 # -- the other commands ----------------------------------------------------------------
-def _evaluate(args: argparse.Namespace, _: _TrainOptions) -> int:
-    checkpoint = args.checkpoint
+def _load(checkpoint: Path, spec: str | None) -> tuple[train.Snapshot, Options, Module, Dataset]:
+    """A checkpoint or the last one of a folder, its model, and its data or those of `spec`."""
     if checkpoint.is_dir():
         checkpoint /= _CHECKPOINT
     snapshot = train.Snapshot.load(checkpoint)
     described, options = snapshot.dataset, _kept_options(snapshot, checkpoint)
     model = _model(options, described["input_shape"], described["num_classes"])
     snapshot.restore_model(model)
-    dataset = data.load(args.data or described["name"])
+    dataset = data.load(spec or described["name"])
     if list(dataset.input_shape) != described["input_shape"]:
         raise _Error(
             f"{dataset.name}: samples {_shape(dataset)}, but the checkpoint is for "
@@ -505,10 +604,15 @@ def _evaluate(args: argparse.Namespace, _: _TrainOptions) -> int:
             f"{dataset.name}: {dataset.num_classes} classes, but the checkpoint is for "
             f"{described['num_classes']}"
         )
-    if args.data is None and dataset.digest != described["digest"]:
+    if spec is None and dataset.digest != described["digest"]:
         raise _Error(
             f"{dataset.name} has changed since the training; --data {dataset.name} uses it anyway"
         )
+    return snapshot, options, model, dataset
+
+
+def _evaluate(args: argparse.Namespace, _: _TrainOptions) -> int:
+    snapshot, _options, model, dataset = _load(args.checkpoint, args.data)
     metrics = train.evaluate(
         model,
         dataset.x_test,
@@ -523,6 +627,114 @@ def _evaluate(args: argparse.Namespace, _: _TrainOptions) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace, _: _TrainOptions) -> int:
+    model, dataset, found = _patient(args)
+    # PyTorch modules and models of one's own know nothing of the data: their inputs are normalized
+    # as those of bnext train.
+    found.setdefault("normalizer", data.Normalizer.fit(dataset.x_train))
+    try:
+        report = diagnosis.doctor(
+            model,
+            dataset,
+            shuffle=not args.no_shuffle,
+            samples=args.samples,
+            select=args.select,
+            ignore=args.ignore or (),
+            seed=args.seed,
+            **found,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:  # PyTorch raises the last for shapes
+        raise _Error(str(error).partition("\n")[0]) from error
+    _say(report.to_json() if args.json else str(report))
+    return 0 if report.ok else 1
+
+
+def _patient(args: argparse.Namespace) -> tuple[Any, Dataset, Options]:
+    """The network, the data, and what is known about its training."""
+    given = {} if args.batch_size is None else {"batch_size": args.batch_size}
+    name, _, called = args.model.rpartition(":")
+    if args.model.partition(":")[0] in models.names():
+        dataset = data.load(args.data or "digits")
+        try:
+            kind, options = models.parse(args.model)
+            bnext.manual_seed(args.seed)
+            model: Any = models.build(kind, dataset.input_shape, dataset.num_classes, **options)
+        except ValueError as error:
+            raise _Error(str(error)) from error
+        return model, dataset, given
+    if name and called.isidentifier():
+        return _imported(name, called), data.load(args.data or "digits"), given
+    if not Path(args.model).exists():
+        raise _Error(
+            f"{args.model}: expected a checkpoint, FILE.py:NAME, or one of "
+            f"{', '.join(models.names())} with options"
+        )
+    snapshot, kept, model, dataset = _load(Path(args.model), args.data)
+    # The initial weights follow from the seed.
+    bnext.manual_seed(kept["seed"])
+    initial = _model(kept, dataset.input_shape, snapshot.dataset["num_classes"]).state_dict()
+    known = {"batch_size": kept["batch_size"], "initial": initial, **given}
+    return model, dataset, {**known, "normalizer": snapshot.normalizer}
+
+
+def _imported(name: str, called: str) -> Any:
+    """What the function `called` of a file or module returns."""
+    try:
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            if spec is None or spec.loader is None or not Path(name).is_file():
+                raise _Error(f"{name}: no such file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(name)
+        return getattr(module, called)()
+    except _Error:
+        raise
+    except Exception as error:  # whatever is in the user's file
+        raise _Error(f"{name}:{called}: {type(error).__name__}: {error}") from error
+
+
+def _compare(args: argparse.Namespace, _: _TrainOptions) -> int:
+    dataset = data.load(args.data)
+    variants: dict[str, Callable[[], Module]] = {}
+    for text in args.variants:
+        label, equals, spec = text.partition("=")
+        # The first "=" of MODEL:OPTION=VALUE belongs to an option.
+        if not equals or ":" in label:
+            label = spec = text
+        if label in variants:
+            raise _Error(f"{label!r} appears twice; LABEL=MODEL gives it another name")
+        variants[label] = _factory(spec, dataset)
+    try:
+        result = comparison.compare(
+            variants,
+            dataset,
+            seeds=args.seeds,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            margin=args.margin,
+            log=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except ValueError as error:
+        raise _Error(str(error)) from error
+    _say(result.to_json() if args.json else str(result))
+    return 0
+
+
+def _factory(spec: str, dataset: Dataset) -> Callable[[], Module]:
+    def make() -> Module:
+        return models.build(kind, dataset.input_shape, dataset.num_classes, **options)
+
+    try:
+        kind, options = models.parse(spec)
+        make()  # wrong options show before the first training
+    except ValueError as error:
+        raise _Error(str(error)) from error
+    return make
+
+
 def _info(_: argparse.Namespace, __: _TrainOptions) -> int:
     bnext.show_config()
     return 0
@@ -531,7 +743,8 @@ def _info(_: argparse.Namespace, __: _TrainOptions) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process; return the exit status.
 
-    0: done; 1: the training failed; 2: a wrong option, file or data set; 130: Ctrl-C.
+    0: done; 1: the training failed, or the doctor has findings; 2: a wrong option, file or data
+    set; 130: Ctrl-C.
     """
     try:
         args, options = _parse(sys.argv[1:] if argv is None else argv)

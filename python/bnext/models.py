@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,7 @@ import numpy.typing as npt
 from bnext import nn, random
 from bnext.nn.module import Module, number
 
-__all__ = ["DROPOUT_POSITIONS", "NORMS", "NORM_POSITIONS", "build", "names"]
+__all__ = ["DROPOUT_POSITIONS", "NORMS", "NORM_POSITIONS", "build", "names", "parse"]
 
 NORMS = ("batch", "none")
 NORM_POSITIONS = ("before", "after")
@@ -168,6 +170,52 @@ _MODELS: dict[str, tuple[Callable[..., Module], int, int]] = {
 def names() -> tuple[str, ...]:
     """The names that `build` knows."""
     return tuple(_MODELS)
+
+
+# Options of `build` that a spec may give, and what they are read as.
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "norm": str,
+    "norm_position": str,
+    "dropout": float,
+    "dropout_position": str,
+    "depth": int,
+    "width": int,
+}
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and options, for `build`, of a model that is written in one word.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or option, or a value of another kind.
+
+    Examples
+    --------
+    >>> parse("mlp:norm=none,dropout=0.3")
+    ('mlp', {'norm': 'none', 'dropout': 0.3})
+    """
+    name, _, text = spec.partition(":")
+    if name not in names():
+        raise ValueError(f"model {spec!r}: expected one of {', '.join(names())}, got {name!r}")
+    options: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in _OPTIONS or not equals:
+            near = difflib.get_close_matches(key, _OPTIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"model {spec!r}: expected OPTION=VALUE with one of {', '.join(_OPTIONS)}, "
+                f"got {item!r}{hint}"
+            )
+        try:
+            options[key] = _OPTIONS[key](value.strip())
+        except ValueError:
+            kind = "a whole number" if _OPTIONS[key] is int else "a number"
+            raise ValueError(f"model {spec!r}: {key}: expected {kind}, got {value!r}") from None
+    return name, options
 
 
 def build(

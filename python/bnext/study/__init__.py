@@ -1,0 +1,1 @@
+"""When do Batch Normalization and Dropout help? Answered by measurement: ``bnext study``."""
