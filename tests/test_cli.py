@@ -371,8 +371,9 @@ def test_a_stopped_run_resumes_exactly(capsys, spec, kill):
     common = ["--data", spec, "--epochs", "40", "--batch-size", "5", *SMALL]
     assert run(capsys, "train", "--out", "whole", *common)[0] == 0
 
+    # Nice, so that on a busy machine it does not end before it can be stopped.
     process = subprocess.Popen(
-        [*RUN, "train", "--out", "parts", *common],
+        ["nice", "-n", "19", *RUN, "train", "--out", "parts", *common],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
