@@ -1,4 +1,4 @@
-"""The command line: ``bnext train``, ``bnext evaluate`` and ``bnext info``."""
+"""The command line: ``bnext train``, ``evaluate``, ``study`` and ``info``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from bnext import _core, _extras, data, models, optim, schedules, train
 from bnext.checkpoint import CheckpointError
 from bnext.data import DataError, Dataset
 from bnext.nn.module import Module
+from bnext.study import command as study
 
 Options = dict[str, Any]
 
@@ -264,6 +265,16 @@ def _build_parser() -> tuple[argparse.ArgumentParser, _TrainOptions]:
     command.add_argument("--batch-size", type=_whole(1), default=256, metavar="N")
     command.add_argument("--threads", type=_whole(1), metavar="N", help=_THREADS)
     command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser(
+        "study",
+        help="measure when Batch Normalization and Dropout help",
+        description="Run experiments with paired seeds and write a report: when to use Batch "
+        "Normalization and Dropout, where and how much, each with its confidence interval.",
+        allow_abbrev=False,
+    )
+    study.add_options(command, _whole)
+    command.set_defaults(run=_study)
 
     command = commands.add_parser(
         "info",
@@ -521,6 +532,13 @@ def _evaluate(args: argparse.Namespace, _: _TrainOptions) -> int:
         f"test loss {metrics.loss:.4f}, test accuracy {metrics.accuracy:.4f}"
     )
     return 0
+
+
+def _study(args: argparse.Namespace, _: _TrainOptions) -> int:
+    try:
+        return study.main(args)
+    except ValueError as error:
+        raise _Error(str(error)) from error
 
 
 def _info(_: argparse.Namespace, __: _TrainOptions) -> int:
