@@ -142,7 +142,8 @@ class DetachedBatchNorm(nn.BatchNorm):
 
         def backward(grad: Array) -> Array:
             exact(grad)  # for weight and bias
-            return grad * (y > 0) * factor if self.activation == "relu" else grad * factor
+            constant: Array = grad * factor
+            return constant * (y > 0) if self.activation == "relu" else constant
 
         return y, backward
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import bnext
 from bnext import losses, optim, schedules
 from bnext.data import Dataset, Normalizer, batches, num_batches
 from bnext.nn import Conv2d, Linear
-from bnext.nn.module import Array, Module
+from bnext.nn.module import Array, Module, Parameter
 from bnext.scaling import GradientScaling
 from bnext.study.experiment import Settings
 
@@ -29,7 +29,7 @@ __all__ = [
     "measure",
     "predict",
     "split",
-    "steps_to",
+    "trained",
 ]
 
 Loss = Callable[[Array, Array], tuple[float, Callable[[], Array]]]
@@ -146,6 +146,8 @@ def fit(
     schedule: str = "cosine",
     loss: Loss = cross_entropy,
     scaling: GradientScaling | None = None,
+    max_norm: float | None = None,
+    parameters: Iterable[tuple[str, Parameter]] | None = None,
     by_class: bool = False,
     check_every: int = 0,
     before_step: Callable[[int, int], None] | None = None,
@@ -159,8 +161,10 @@ def fit(
         Need not be whole.
     schedule : str
         See `bnext.schedules.build`.
+    parameters : iterable of (name, Parameter), optional
+        What is trained; by default all of the model.
     by_class : bool
-        Samples come class by class instead of shuffled.
+        Each batch holds samples of one class (where the class has enough), in random order.
     check_every : int
         Steps between two looks at the validation data; 0: never.
     before_step, after_step : callable, optional
@@ -170,16 +174,14 @@ def fit(
     steps = max(1, round(epochs * per_epoch))
     rate = schedules.build(schedule, lr, epochs=1, steps_per_epoch=steps)
     optimizer = optim.SGD(
-        model.named_parameters(),
+        model.named_parameters() if parameters is None else parameters,
         lr,
         momentum=momentum,
         weight_decay=weight_decay,
         scaling=scaling,
+        max_norm=max_norm,
     )
-    x, y = data.x_train, data.y_train
-    if by_class:
-        order = np.argsort(y, kind="stable")
-        x, y = x[order], y[order]
+    order = _by_class if by_class else _shuffled
     result = Fit()
     step = 0
     # What overflows ends in a loss that is not finite, and that is what we report.
@@ -187,9 +189,7 @@ def fit(
         warnings.simplefilter("ignore", RuntimeWarning)
         while step < steps:
             epoch = step // per_epoch
-            for inputs, targets in batches(
-                x, y, batch_size, shuffle=not by_class, seed=seed, epoch=epoch
-            ):
+            for inputs, targets in order(data, batch_size, seed, epoch):
                 if before_step is not None:
                     before_step(step, steps)
                 model.train()
@@ -212,6 +212,31 @@ def fit(
                 if step == steps:
                     break
     return result
+
+
+def _shuffled(data: Split, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Array, Array]]:
+    return batches(data.x_train, data.y_train, batch_size, shuffle=True, seed=seed, epoch=epoch)
+
+
+def _by_class(data: Split, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Array, Array]]:
+    rng = np.random.default_rng([seed, 4, epoch])
+    shuffled = rng.permutation(len(data.y_train))
+    order = shuffled[np.argsort(data.y_train[shuffled], kind="stable")]
+    count = num_batches(len(order), batch_size)
+    parts = np.split(order, [batch_size * number for number in range(1, count)])
+    for number in rng.permutation(count):
+        yield data.x_train[parts[number]], data.y_train[parts[number]]
+
+
+def trained(
+    model: Module, data: Split, settings: Settings, seed: int, **options: Any
+) -> tuple[Fit, dict[str, float | None]]:
+    """`initialize`, `fit` with the settings that it knows, and `measure`."""
+    initialize(model, seed, settings.get("init", 1.0))
+    names = ("lr", "epochs", "batch_size", "weight_decay", "schedule", "max_norm", "by_class")
+    known = {name: settings[name] for name in names if name in settings}
+    result = fit(model, data, seed=seed, **{**known, **options})
+    return result, {**measure(model, data), "diverged": float(result.diverged)}
 
 
 def predict(model: Module, x: Array, batch_size: int = 1000) -> Array:
@@ -272,6 +297,32 @@ def gradient_norms(model: Module, data: Split, batch_size: int = 64) -> list[flo
     return norms
 
 
-def steps_to(target: float, checks: list[tuple[int, float]], never: int) -> int:
-    """The first step at which the accuracy was `target`; `never` if it was at none."""
-    return next((step for step, accuracy in checks if accuracy >= target), never)
+def macro_f1(labels: Array, predicted: Array, num_classes: int) -> float:
+    """Mean F1 score over the classes, in percent; a class that is never right has 0."""
+    scores = []
+    for label in range(num_classes):
+        right = np.count_nonzero((labels == label) & (predicted == label))
+        wrong = np.count_nonzero((labels == label) != (predicted == label))
+        scores.append(2 * right / (2 * right + wrong) if right else 0.0)
+    return 100 * float(np.mean(scores))
+
+
+def calibration_error(probabilities: Array, labels: Array, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence is from accuracy, in bins of confidence."""
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [
+        abs(confidence[which == number].mean() - right[which == number].mean())
+        * np.mean(which == number)
+        for number in range(bins)
+        if np.any(which == number)
+    ]
+    return float(np.sum(gaps))
+
+
+def softmax(logits: Array) -> Array:
+    """Probabilities, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponential: Array = np.exp(shifted)
+    return exponential / exponential.sum(axis=1, keepdims=True)

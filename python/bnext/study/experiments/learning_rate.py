@@ -17,7 +17,7 @@ DECAYS = {"constant": "none", "cosine": "to 0", "step": "in steps"}
 
 def arms(scale: Scale) -> dict[str, Settings]:
     plans = [("constant", rate) for rate in RATES]
-    plans += [(decay, rate) for decay in ("step", "cosine") for rate in RATES[2:5]]
+    plans += [(decay, rate) for decay in ("step", "cosine") for rate in RATES[3:5]]
     return {
         f"{'BN' if norm == 'batch' else 'plain'}, lr {rate:g}, decay {DECAYS[decay]}": {
             **scale.sizes(),
@@ -36,21 +36,10 @@ def run(settings: Settings, dataset: Dataset, seed: int) -> dict[str, Any]:
     data = training.split(dataset, settings, seed)
     unit = networks.batch_norm if settings["norm"] == "batch" else networks.plain
     model = networks.mlp(data.input_shape, data.num_classes, settings["hidden"], unit)
-    training.initialize(model, seed)
-    fit = training.fit(
-        model,
-        data,
-        seed=seed,
-        lr=settings["lr"],
-        epochs=settings["epochs"],
-        schedule=settings["decay"],
-        check_every=8,
+    fit, found = training.trained(
+        model, data, settings, seed, schedule=settings["decay"], check_every=8
     )
-    return {
-        **training.measure(model, data),
-        "diverged": float(fit.diverged),
-        "checks": [accuracy for _, accuracy in fit.checks],
-    }
+    return {**found, "checks": [accuracy for _, accuracy in fit.checks]}
 
 
 def _steps(arm: Arm, target: float) -> np.ndarray[Any, np.dtype[np.float64]]:
