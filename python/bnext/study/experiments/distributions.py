@@ -154,7 +154,6 @@ def contrasts(results: Results) -> list[Contrast]:
             0.0,
             unit="",
             margin=0.2,
-            claims={"L35": {"higher": "refuted", "lower": "refuted", "same": "supported"}},
         ),
         Contrast(
             "accuracy with inputs far from normal (cubed): BN - plain",
