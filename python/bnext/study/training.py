@@ -324,5 +324,6 @@ def calibration_error(probabilities: Array, labels: Array, bins: int = 15) -> fl
 def softmax(logits: Array) -> Array:
     """Probabilities, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    exponential: Array = np.exp(shifted)
-    return exponential / exponential.sum(axis=1, keepdims=True)
+    exponential = np.exp(shifted)
+    shares: Array = exponential / exponential.sum(axis=1, keepdims=True)
+    return shares

@@ -30,11 +30,11 @@ RATES = (0.03, 0.1)
 def arms(scale: Scale) -> dict[str, Settings]:
     return {
         f"{variant}, lr {rate:g}": {
-            **scale.sizes(scale.pick(500, None)),
+            **scale.sizes(scale.pick(800, None)),
             "variant": variant,
             "options": list(options),
             "lr": rate,
-            "epochs": scale.pick(6, 4),
+            "epochs": scale.pick(10, 4),
         }
         for variant, options in VARIANTS.items()
         for rate in RATES
@@ -46,7 +46,7 @@ def run(settings: Settings, dataset: Dataset, seed: int) -> dict[str, Any]:
     norm, position, activation, dropout, dense_norm = settings["options"]
 
     def unit(channels: int, norm: str = norm) -> list[Module]:
-        layers = [nn.LeakyReLU(0.1) if activation == "leaky" else nn.ReLU()]
+        layers: list[Module] = [nn.LeakyReLU(0.1) if activation == "leaky" else nn.ReLU()]
         where = 0 if position == "before" else 1
         layers[where:where] = networks.normalization(norm, channels)
         return layers
