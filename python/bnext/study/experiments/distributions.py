@@ -72,7 +72,9 @@ def _inside(
     z = (before - before.mean(axis=0))[:, spread > 0] / spread[spread > 0]
     shuffled = np.random.default_rng(0).permuted(after, axis=0)
     # The first sample among two sets of companions.
-    pair = [bare.forward(part)[0][0] for part in (before[:64], before[[0, *range(64, 127)]])]
+    half = min(64, len(x) // 2)
+    companions = (before[:half], before[[0, *range(half, 2 * half - 1)]])
+    pair = [bare.forward(part)[0][0] for part in companions]
     old, first.weight.data[...] = first.weight.data.copy(), initial
     swapped = training.predict(model, data.x_test)
     first.weight.data[...] = old
@@ -124,6 +126,7 @@ def contrasts(results: Results) -> list[Contrast]:
             bn.values("correlation"),
             bn.values("correlation_shuffled"),
             unit="",
+            margin=0.02,
             claims={"L10a": {"higher": "refuted", "same": "supported"}},
         ),
         Contrast(
