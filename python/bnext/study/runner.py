@@ -286,6 +286,7 @@ def _all(
 ) -> Generator[tuple[Job, tuple[dict[str, Any], float]], None, None]:
     # "spawn" everywhere: a child by fork inherits locks of threads that it has not.
     context = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
     with _environment(_ONE_THREAD):
         pool = ProcessPoolExecutor(
             processes, context, initializer=_start_worker, initargs=(dataset.name, dataset.digest)
@@ -304,6 +305,11 @@ def _all(
                         f"{type(error).__name__}: {error}"
                     ) from error
                 yield job, found
+        except BaseException:
+            # Ctrl-C or a failed run: what is under way would only be waited for.
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
