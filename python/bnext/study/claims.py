@@ -131,7 +131,7 @@ CLAIMS = _table(
             "BN solves vanishing and exploding gradients",
             "refined",
             "with residual connections yes (De & Smith 2020); in plain deep networks gradients "
-            "explode with BN (Yang et al. 2019)",
+            "explode with BN (Yang et al. 2019; unchecked)",
         ),
         (
             "L28a",
@@ -183,7 +183,7 @@ CLAIMS = _table(
             "BN can fail when the data are imbalanced",
             "refined",
             "the composition of the batches does it: with batches that are not i.i.d. BN 67 %, "
-            "batch renormalisation 78.5 % (Ioffe 2017)",
+            "batch renormalisation 78.5 % (Ioffe 2017; unchecked)",
         ),
         (
             "L38b",
@@ -234,7 +234,7 @@ CLAIMS = _table(
             "多个BN层可以提升模型的性能，在ResNet中BN层多于2个",
             "Several BN layers improve the model; ResNet has more than 2",
             "refined",
-            "ResNet-50 has 53",
+            "ResNet-50 has 53 (unchecked)",
         ),
         (
             "L51",
@@ -249,7 +249,8 @@ CLAIMS = _table(
             "dropout的应用场景：模型训练速度",
             "Dropout serves the speed of training",
             "refuted",
-            "2 to 3 times slower (Srivastava et al. 2014); +17 % time (Garbin et al. 2020)",
+            "2 to 3 times slower (Srivastava et al. 2014; unchecked); +17 % time (Garbin et al. "
+            "2020)",
         ),
         (
             "L55",

@@ -56,11 +56,13 @@ def run(settings: Settings, dataset: Dataset, seed: int) -> dict[str, Any]:
         float(np.mean([_accuracy(_pruned(model, data.x_test, share, rng), data) for _ in range(5)]))
         for share in SHARES
     ]
-    probabilities = training.softmax(training.predict(model, data.x_test))
+    logits = training.predict(model, data.x_test)
     more: dict[str, Any] = {
         "pruned": pruned[SHARES.index(0.5)],
         "pruning": pruned,
-        "calibration": 100 * training.calibration_error(probabilities, data.y_test),
+        "calibration": 100 * training.calibration_error(training.softmax(logits), data.y_test)
+        if np.isfinite(logits).all()
+        else None,
     }
     if settings["p"]:
         averaged = bnext.mc_dropout(
