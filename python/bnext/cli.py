@@ -1,4 +1,4 @@
-"""The command line: ``bnext train``, ``evaluate``, ``doctor``, ``compare`` and ``info``."""
+"""The command line: ``bnext train``, ``evaluate``, ``doctor``, ``compare``, ``study``, ``info``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bnext import _core, _extras, comparison, data, diagnosis, models, optim, sc
 from bnext.checkpoint import CheckpointError
 from bnext.data import DataError, Dataset
 from bnext.nn.module import Module
+from bnext.study import command as study
 
 Options = dict[str, Any]
 
@@ -269,6 +270,16 @@ def _build_parser() -> tuple[argparse.ArgumentParser, _TrainOptions]:
 
     _add_doctor(commands)
     _add_compare(commands)
+
+    command = commands.add_parser(
+        "study",
+        help="measure when Batch Normalization and Dropout help",
+        description="Run experiments with paired seeds and write a report: when to use Batch "
+        "Normalization and Dropout, where and how much, each with its confidence interval.",
+        allow_abbrev=False,
+    )
+    study.add_options(command, _whole)
+    command.set_defaults(run=_study)
 
     command = commands.add_parser(
         "info",
@@ -733,6 +744,13 @@ def _factory(spec: str, dataset: Dataset) -> Callable[[], Module]:
     except ValueError as error:
         raise _Error(str(error)) from error
     return make
+
+
+def _study(args: argparse.Namespace, _: _TrainOptions) -> int:
+    try:
+        return study.main(args)
+    except ValueError as error:
+        raise _Error(str(error)) from error
 
 
 def _info(_: argparse.Namespace, __: _TrainOptions) -> int:
