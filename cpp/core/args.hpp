@@ -22,6 +22,13 @@ struct MaskDraw {
   double scale;             // of what is kept
   std::uint64_t seed;
   std::uint64_t offset;
+  const std::uint64_t* seed_at;  // device backends: if not null, the seed is there
+};
+
+// Where an operation runs. Backends of the processor need neither.
+struct Place {
+  int device = -1;         // of the arrays; -1: they lie in main memory
+  void* stream = nullptr;  // a cudaStream_t
 };
 
 // What follows the normalisation in the same pass: + residual, activation, dropout.
@@ -54,6 +61,7 @@ struct BatchNormForwardArgs {
   double* mean;
   double* var;
   double* inv_std;
+  Place place;
 };
 
 struct BatchNormBackwardArgs {
@@ -71,6 +79,7 @@ struct BatchNormBackwardArgs {
   void* grad_residual;
   void* grad_weight;
   void* grad_bias;
+  Place place;
 };
 
 struct BatchNormInferenceArgs {
@@ -83,6 +92,7 @@ struct BatchNormInferenceArgs {
   double eps;
   Fusion fusion;
   void* y;
+  Place place;
 };
 
 // Which elements share a mask's bit. Seen as (samples, repeats, units, run), the element at
@@ -102,6 +112,7 @@ struct DropoutArgs {
   MaskMap map;
   double shift;  // 0 for all but alpha dropout, as is `dropped`
   double dropped;
+  Place place;
 };
 
 }  // namespace bnext
