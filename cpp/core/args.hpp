@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/host_device.hpp"
+
 namespace bnext {
 
 enum class Activation;
@@ -12,8 +14,8 @@ struct Problem {
   std::int64_t n, c, s;
   bool channels_last;
 
-  std::int64_t per_channel() const { return n * s; }
-  std::int64_t size() const { return n * s * c; }
+  BNEXT_HD std::int64_t per_channel() const { return n * s; }
+  BNEXT_HD std::int64_t size() const { return n * s * c; }
 };
 
 // Where dropout draws an element's 32 random bits, and what it makes of them.
@@ -100,7 +102,7 @@ struct BatchNormInferenceArgs {
 struct MaskMap {
   std::int64_t repeats, units, run;
 
-  bool shares() const { return repeats > 1 || run > 1; }
+  BNEXT_HD bool shares() const { return repeats > 1 || run > 1; }
 };
 
 // y = scale x + shift where an element is kept, `dropped` elsewhere.

@@ -2,11 +2,7 @@
 // set must not offer its version of an inline function to the linker for everybody.
 #pragma once
 
-#if defined(__CUDACC__)
-#define BNEXT_HD __host__ __device__
-#else
-#define BNEXT_HD
-#endif
+#include "core/host_device.hpp"
 
 namespace bnext {
 
