@@ -104,10 +104,8 @@ struct Backward {
     return normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
                             value_or<T>(a.bias, c, 0));
   }
-  // What x is counted from in the sums: the mean, as far as T holds it.
-  __device__ double origin(std::int64_t c) const {
-    return static_cast<double>(static_cast<T>(channel(c).center));
-  }
+  // What x is counted from in the sums: see Sums::add_products.
+  __device__ double origin(std::int64_t c) const { return sizeof(T) == 4 ? 0 : channel(c).center; }
 
   __device__ void finish(std::int64_t c, double origin, const Sums& sums, Sums* totals) const {
     const Centered by = channel(c);
@@ -178,16 +176,11 @@ class ChannelSums {
   template <int count>
   __device__ void add(const Forward<S>&, const Slot (&slots)[count],
                       const typename Forward<S>::Input (&in)[count]) {
-    static_assert(count * width <= 32);
-    T x[count * width];
-    unsigned valid = 0;
 #pragma unroll
-    for (int u = 0; u < count; ++u) {
-      valid |= slots[u].mask() << (u * width);
+    for (int u = 0; u < count; ++u)
 #pragma unroll
-      for (int e = 0; e < width; ++e) x[u * width + e] = in[u].x[e];
-    }
-    add_moments(x, valid, origin_, sums_.first, sums_.second);
+      for (int e = 0; e < width; ++e)
+        if (slots[u].has(e)) sums_.add_moments(in[u].x[e], origin_);
   }
   template <int count>
   __device__ void add(const Backward<S>& op, const Slot (&slots)[count],
@@ -203,7 +196,9 @@ class ChannelSums {
       T g[width], x[width];
       op.template gradients<plain>(g, x, slots[u], in[u], residual[u],
                                    [&](int) { return forward_; });
-      add_products(g, x, slots[u].mask(), static_cast<T>(origin_), sums_.first, sums_.second);
+#pragma unroll
+      for (int e = 0; e < width; ++e)
+        if (slots[u].has(e)) sums_.add_products(g[e], x[e], origin_);
     }
   }
   __device__ const Sums& sums() const { return sums_; }
@@ -364,16 +359,10 @@ class ColumnSums {
       Stored<S> in[forward_rows];
       each(walk, slots, [&](int r) { in[r] = op.input(slots[r]).x; });
 #pragma unroll
-      for (int e = 0; e < width; ++e) {
-        T x[forward_rows];
-        unsigned valid = 0;
+      for (int r = 0; r < forward_rows; ++r)
 #pragma unroll
-        for (int r = 0; r < forward_rows; ++r) {
-          x[r] = in[r][e];
-          valid |= e < slots[r].end ? 1u << r : 0u;
-        }
-        add_moments(x, valid, origin_[e], sums_[e].first, sums_[e].second);
-      }
+        for (int e = 0; e < width; ++e)
+          if (slots[r].has(e)) sums_[e].add_moments(in[r][e], origin_[e]);
     }
   }
   __device__ void add_all(const Backward<S>& op, ColumnSlots walk) {
@@ -386,23 +375,15 @@ class ColumnSums {
         in[r] = op.input(slots[r]);
         residual[r] = tail.residual(slots[r]);
       });
-      T g[backward_rows][width], x[backward_rows][width];
 #pragma unroll
-      for (int r = 0; r < backward_rows; ++r)
-        if (slots[r].end > 0)
-          op.template gradients<plain>(g[r], x[r], slots[r], in[r], residual[r],
-                                       [&](int e) { return forward_[e]; });
+      for (int r = 0; r < backward_rows; ++r) {
+        if (slots[r].end == 0) continue;
+        T g[width], x[width];
+        op.template gradients<plain>(g, x, slots[r], in[r], residual[r],
+                                     [&](int e) { return forward_[e]; });
 #pragma unroll
-      for (int e = 0; e < width; ++e) {
-        T down_g[backward_rows], down_x[backward_rows];
-        unsigned valid = 0;
-#pragma unroll
-        for (int r = 0; r < backward_rows; ++r) {
-          down_g[r] = g[r][e];
-          down_x[r] = x[r][e];
-          valid |= e < slots[r].end ? 1u << r : 0u;
-        }
-        add_products(down_g, down_x, valid, mean_[e], sums_[e].first, sums_[e].second);
+        for (int e = 0; e < width; ++e)
+          if (slots[r].has(e)) sums_[e].add_products(g[e], x[e], origin_[e]);
       }
     }
   }
@@ -420,13 +401,12 @@ class ColumnSums {
   }
   __device__ void set(const Forward<S>& op, int e, std::int64_t c) { origin_[e] = op.origin(c); }
   __device__ void set(const Backward<S>& op, int e, std::int64_t c) {
-    mean_[e] = static_cast<T>(op.origin(c));
+    origin_[e] = op.origin(c);
     forward_[e] = op.forward(c);
   }
 
   Sums sums_[width];
   double origin_[width] = {};
-  T mean_[width] = {};
   Affine<T> forward_[width] = {};
 };
 

@@ -175,53 +175,5 @@ __device__ inline void add_slot_bits(std::uint8_t* bits, const Slot& slot, unsig
     atomicOr(reinterpret_cast<unsigned*>(bits) + slot.first / 32, value << (slot.first % 32));
 }
 
-// -- sums ------------------------------------------------------------------------------------------
-
-// Of two things at once: x - origin and its square, or g and g (x - mean).
-struct Sums {
-  double first, second;
-
-  __device__ void add(const Sums& other) {
-    first += other.first;
-    second += other.second;
-  }
-};
-
-__device__ inline Sums warp_sum(Sums sums) {
-#pragma unroll
-  for (int step = warp_threads / 2; step > 0; step /= 2) {
-    sums.first += __shfl_xor_sync(full_warp, sums.first, step);
-    sums.second += __shfl_xor_sync(full_warp, sums.second, step);
-  }
-  return sums;
-}
-
-// Of all threads of the block, for all of them. `scratch` has a place for each warp.
-__device__ inline Sums block_sum(Sums sums, Sums* scratch) {
-  const int warps = static_cast<int>(blockDim.x) / warp_threads;
-  const Sums of_warp = warp_sum(sums);
-  __syncthreads();
-  if (threadIdx.x % warp_threads == 0) scratch[threadIdx.x / warp_threads] = of_warp;
-  __syncthreads();
-  Sums total = scratch[0];
-  for (int w = 1; w < warps; ++w) total.add(scratch[w]);
-  return total;
-}
-
-// Whether this is the last of `count` blocks to come here, for all threads of the block; it finds
-// in memory what the others wrote. The counter is 0 again afterwards.
-__device__ inline bool last_to_arrive(unsigned* counter, unsigned count, unsigned* scratch) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *scratch = atomicAdd(counter, 1u);
-    if (*scratch == count - 1) *counter = 0;
-  }
-  __syncthreads();
-  const bool last = *scratch == count - 1;
-  __threadfence();
-  return last;
-}
-
 }  // namespace cuda
 }  // namespace bnext

@@ -1,83 +1,71 @@
-// Sums of many values, accurate without many float64 operations, which most GPUs have few units
-// for: some values at a time make exact-enough sums in their own precision, around one of
-// themselves, and only these are added as float64.
+// Sums of the values of a thread, and of all threads, in float64: what forward says of the mean is what gradients of
+// any size are multiplied with in backward, so it must be as exact as float64 makes it. Data-center
+// GPUs have the units for it (half the rate of float32); others may wait for these sums.
 #pragma once
-
-#include <cfloat>
 
 #include "cuda/device.cuh"
 
 namespace bnext {
 namespace cuda {
 
-// Adds (x - origin) and (x - origin)^2 of those values whose bits are set.
-//
-// `origin` is a value of the channel, so that moments_from_shifted loses nothing that counts. With
-// k one of the values, d = x - k and m = sum d / n rounded, sum (d - m)^2 has no cancellation left,
-// and e = k - origin, sum (d - m) = sum d - n m give the sums around the origin exactly as far as
-// float64 goes.
-template <class T, int count>
-BNEXT_HD inline void add_moments(const T (&x)[count], unsigned valid, double origin, double& total,
-                                 double& squares) {
-  if (valid == 0) return;
-  constexpr unsigned all = count == 32 ? ~0u : (1u << count % 32) - 1u;
-  T k = x[0];
-  int n = count;
-  if (valid != all) {
-    n = 0;
-    for (int i = count; i-- > 0;)
-      if (valid >> i & 1u) {
-        k = x[i];
-        ++n;
-      }
+// Of two things at once: x - origin and its square, or g and g (x - origin).
+struct Sums {
+  double first, second;
+
+  BNEXT_HD void add(const Sums& other) {
+    first += other.first;
+    second += other.second;
   }
-  T sum = 0, square = 0;
-  for (int i = 0; i < count; ++i)
-    if (valid == all || (valid >> i & 1u)) sum += x[i] - k;
-  const T mean = sum / static_cast<T>(n);
-  for (int i = 0; i < count; ++i)
-    if (valid == all || (valid >> i & 1u)) {
-      const T deviation = (x[i] - k) - mean;
-      square += deviation * deviation;
-    }
-  // What float cannot hold the squares of is added one by one.
-  constexpr bool narrow_range = sizeof(T) == 4;
-  if (narrow_range && !(square > T(1e-30) && square < T(1e37))) {
-    for (int i = 0; i < count; ++i)
-      if (valid == all || (valid >> i & 1u)) {
-        const double d = static_cast<double>(x[i]) - origin;
-        total += d;
-        squares += d * d;
-      }
-    return;
+  // With a value of the channel as the origin, moments_from_shifted loses nothing that counts.
+  template <class T>
+  BNEXT_HD void add_moments(T x, double origin) {
+    const double d = static_cast<double>(x) - origin;
+    first += d;
+    second = fma(d, d, second);
   }
-  const double e = static_cast<double>(k) - origin, values = n, m = mean;
-  const double from_origin = m + e, rest = static_cast<double>(sum) - values * m;
-  total += static_cast<double>(sum) + values * e;
-  squares += static_cast<double>(square) + from_origin * (2 * rest + values * from_origin);
+  // Products of floats are exact as float64, so that their origin can be 0.
+  template <class T>
+  BNEXT_HD void add_products(T g, T x, double origin) {
+    const auto gradient = static_cast<double>(g), value = static_cast<double>(x);
+    first += gradient;
+    second = fma(gradient, sizeof(T) == 4 ? value : value - origin, second);
+  }
+};
+
+__device__ inline Sums warp_sum(Sums sums) {
+#pragma unroll
+  for (int step = warp_threads / 2; step > 0; step /= 2) {
+    sums.first += __shfl_xor_sync(full_warp, sums.first, step);
+    sums.second += __shfl_xor_sync(full_warp, sums.second, step);
+  }
+  return sums;
 }
 
-// Adds g and g (x - mean) of those values whose bits are set.
-template <class T, int count>
-BNEXT_HD inline void add_products(const T (&g)[count], const T (&x)[count], unsigned valid, T mean,
-                                  double& total, double& products) {
-  T sum = 0, product = 0;
-  for (int i = 0; i < count; ++i)
-    if (valid >> i & 1u) {
-      sum += g[i];
-      product += g[i] * (x[i] - mean);
-    }
-  constexpr bool narrow_range = sizeof(T) == 4;
-  if (narrow_range && !(product > T(-1e37) && product < T(1e37))) {
-    for (int i = 0; i < count; ++i)
-      if (valid >> i & 1u) {
-        total += static_cast<double>(g[i]);
-        products += static_cast<double>(g[i]) * (static_cast<double>(x[i]) - mean);
-      }
-    return;
+// Of all threads of the block, for all of them. `scratch` has a place for each warp.
+__device__ inline Sums block_sum(Sums sums, Sums* scratch) {
+  const int warps = static_cast<int>(blockDim.x) / warp_threads;
+  const Sums of_warp = warp_sum(sums);
+  __syncthreads();
+  if (threadIdx.x % warp_threads == 0) scratch[threadIdx.x / warp_threads] = of_warp;
+  __syncthreads();
+  Sums total = scratch[0];
+  for (int w = 1; w < warps; ++w) total.add(scratch[w]);
+  return total;
+}
+
+// Whether this is the last of `count` blocks to come here, for all threads of the block; it finds
+// in memory what the others wrote. The counter is 0 again afterwards.
+__device__ inline bool last_to_arrive(unsigned* counter, unsigned count, unsigned* scratch) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *scratch = atomicAdd(counter, 1u);
+    if (*scratch == count - 1) *counter = 0;
   }
-  total += static_cast<double>(sum);
-  products += static_cast<double>(product);
+  __syncthreads();
+  const bool last = *scratch == count - 1;
+  __threadfence();
+  return last;
 }
 
 }  // namespace cuda

@@ -69,6 +69,7 @@ struct Slot {
   std::int64_t first;
   int begin, end;
 
+  BNEXT_HD bool has(int e) const { return e >= begin && e < end; }
   BNEXT_HD unsigned mask() const { return ((1u << end) - 1u) & ~((1u << begin) - 1u); }
 };
 
