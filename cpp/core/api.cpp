@@ -227,19 +227,20 @@ DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
   }
   DropoutDraw draw = a.draw;
   if (generator != nullptr && a.dropout > 0) draw = {generator->seed(), generator->next()};
-  backend_for(a.x.device).batch_norm_forward[row(a.x.dtype)](
-      {problem,
-       a.x.data,
-       optional(a.weight),
-       optional(a.bias),
-       a.eps,
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw), a.passes,
-        nullptr, 0, false},
-       a.y.data,
-       static_cast<double*>(a.mean.data),
-       static_cast<double*>(a.var.data),
-       static_cast<double*>(a.inv_std.data),
-       place_of(a.x, a.stream)});
+  backend_for(a.x.device)
+      .batch_norm_forward[row(a.x.dtype)](
+          {problem,
+           a.x.data,
+           optional(a.weight),
+           optional(a.bias),
+           a.eps,
+           {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw),
+            a.passes, nullptr, 0, false},
+           a.y.data,
+           static_cast<double*>(a.mean.data),
+           static_cast<double*>(a.var.data),
+           static_cast<double*>(a.inv_std.data),
+           place_of(a.x, a.stream)});
   return draw;
 }
 
@@ -285,24 +286,25 @@ void batch_norm_backward(const BatchNormBackward& a) {
     fill(a.grad_bias, 0, a.stream);
     return;
   }
-  backend_for(a.x.device).batch_norm_backward[row(a.x.dtype)](
-      {problem,
-       a.grad_y.data,
-       a.x.data,
-       optional(a.weight),
-       optional(a.bias),
-       static_cast<const double*>(a.mean.data),
-       static_cast<const double*>(a.inv_std.data),
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
-        const_cast<std::uint8_t*>(a.passes), nullptr, 0,
-        a.from_result && a.activation != Activation::none},
-       a.batch_statistics,
-       a.from_result,
-       a.grad_x.data,
-       a.grad_residual.given ? a.grad_residual.data : nullptr,
-       a.grad_weight.given ? a.grad_weight.data : nullptr,
-       a.grad_bias.given ? a.grad_bias.data : nullptr,
-       place_of(a.x, a.stream)});
+  backend_for(a.x.device)
+      .batch_norm_backward[row(a.x.dtype)](
+          {problem,
+           a.grad_y.data,
+           a.x.data,
+           optional(a.weight),
+           optional(a.bias),
+           static_cast<const double*>(a.mean.data),
+           static_cast<const double*>(a.inv_std.data),
+           {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
+            const_cast<std::uint8_t*>(a.passes), nullptr, 0,
+            a.from_result && a.activation != Activation::none},
+           a.batch_statistics,
+           a.from_result,
+           a.grad_x.data,
+           a.grad_residual.given ? a.grad_residual.data : nullptr,
+           a.grad_weight.given ? a.grad_weight.data : nullptr,
+           a.grad_bias.given ? a.grad_bias.data : nullptr,
+           place_of(a.x, a.stream)});
 }
 
 void batch_norm_inference(const BatchNormInference& a) {
@@ -327,18 +329,18 @@ void batch_norm_inference(const BatchNormInference& a) {
   check.no_overlap("out", a.y, "bias", a.bias, false);
 
   if (problem.size() == 0) return;
-  backend_for(a.x.device).batch_norm_inference[row(a.x.dtype)](
-      {problem,
-       a.x.data,
-       a.mean.data,
-       a.var.data,
-       optional(a.weight),
-       optional(a.bias),
-       a.eps,
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(0, {}), nullptr, nullptr, 0,
-        false},
-       a.y.data,
-       place_of(a.x, a.stream)});
+  backend_for(a.x.device)
+      .batch_norm_inference[row(a.x.dtype)]({problem,
+                                             a.x.data,
+                                             a.mean.data,
+                                             a.var.data,
+                                             optional(a.weight),
+                                             optional(a.bias),
+                                             a.eps,
+                                             {optional(a.residual), a.activation, a.negative_slope,
+                                              mask_draw(0, {}), nullptr, nullptr, 0, false},
+                                             a.y.data,
+                                             place_of(a.x, a.stream)});
 }
 
 void dropout_forward(const DropoutForward& a, const DropoutDraw& draw) {
@@ -358,8 +360,7 @@ DropoutDraw dropout_forward(const DropoutForward& a, Generator& generator) {
 
 void dropout_backward(const DropoutBackward& a) {
   const Check check("dropout_backward", a.grad_y);
-  const MaskMap map =
-      check_dropout(check, "grad_y", a.grad_y, a.p, a.grad_x, a.mask_shape);
+  const MaskMap map = check_dropout(check, "grad_y", a.grad_y, a.p, a.grad_x, a.mask_shape);
   run_dropout(a.grad_y, a.p, a.draw, a.grad_x, map, a.alpha, true, a.stream);
 }
 

@@ -21,6 +21,8 @@ void copy_bytes(const Place& place, void* to, const void* from, std::size_t coun
 // Memory of a device in the order of the stream; std::bad_alloc if there is none left.
 void* allocate(const Place& place, std::size_t count);
 void release(const Place& place, void* memory) noexcept;
+// What comes after in `waiting` waits for what is in the stream of `place` now.
+void order(const Place& place, Stream waiting);
 // Which GPU's memory `data` points to; std::invalid_argument if it is no GPU's.
 int device_of(const void* data);
 

@@ -210,7 +210,8 @@ class ChannelSums {
   Sums sums_ = {0, 0};
 };
 
-// -- rows ------------------------------------------------------------------------------------------
+// -- rows
+// ------------------------------------------------------------------------------------------
 
 // Calls body(slots, numbers) for the slots of this thread, `together` at a time.
 template <int together, class Body>
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(block_threads) sum_rows(Op op, Plan plan, Meet
   ChannelSums<S, plain> sums(op, channel);
   for_each_slots<Op::together>(
       RowSlots(plan, channel, chunk, threadIdx.x, blockDim.x),
-      [&](const Slot (&slots)[Op::together], const std::int64_t (&)[Op::together]) {
+      [&](const Slot(&slots)[Op::together], const std::int64_t (&)[Op::together]) {
         typename Op::Input in[Op::together];
 #pragma unroll
         for (int u = 0; u < Op::together; ++u)
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(block_threads) write_rows(Op op, Plan plan, Me
   const Tail<S, plain> tail = op.template tail<plain>();
   for_each_slots<Op::together>(
       RowSlots(plan, channel, chunk, threadIdx.x, blockDim.x),
-      [&](const Slot (&slots)[Op::together], const std::int64_t (&)[Op::together]) {
+      [&](const Slot(&slots)[Op::together], const std::int64_t (&)[Op::together]) {
         typename Op::Input in[Op::together];
         Stored<S> residual[Op::together];
 #pragma unroll
@@ -301,7 +302,7 @@ __global__ void __launch_bounds__(block_threads) resident(Op op, Plan plan, Meet
   const RowSlots walk(plan, channel, chunk, threadIdx.x, blockDim.x);
   ChannelSums<S, plain> sums(op, channel);
   for_each_slots<Op::together>(
-      walk, [&](const Slot (&slots)[Op::together], const std::int64_t (&numbers)[Op::together]) {
+      walk, [&](const Slot(&slots)[Op::together], const std::int64_t (&numbers)[Op::together]) {
         Input in[Op::together];
 #pragma unroll
         for (int u = 0; u < Op::together; ++u)
@@ -328,14 +329,15 @@ __global__ void __launch_bounds__(block_threads) resident(Op op, Plan plan, Meet
   __syncthreads();
   const Coefficients coefficients = *of_channel;
   const Tail<S, plain> tail = op.template tail<plain>();
-  for_each_slots<1>(walk, [&](const Slot (&slots)[1], const std::int64_t (&numbers)[1]) {
+  for_each_slots<1>(walk, [&](const Slot(&slots)[1], const std::int64_t (&numbers)[1]) {
     if (slots[0].end == slots[0].begin) return;
     op.template write<plain>(slots[0], kept[numbers[0]], tail.residual(slots[0]),
                              [&](int) { return coefficients; });
   });
 }
 
-// -- columns ---------------------------------------------------------------------------------------
+// -- columns
+// ---------------------------------------------------------------------------------------
 
 // Sums of a column of accesses, one for each value of it.
 template <class S, bool plain>
@@ -444,8 +446,8 @@ __device__ inline void finish_columns(const Op& op, const Plan& plan, std::int64
     Sums mine{0, 0};
     for (std::int64_t i = threadIdx.x % warp_threads; i < chunks * columns; i += warp_threads) {
       const std::int64_t of = i % columns;
-      mine.add(get(i / columns,
-                   of / plan.per * plan.channel_columns + c * plan.per + of % plan.per));
+      mine.add(
+          get(i / columns, of / plan.per * plan.channel_columns + c * plan.per + of % plan.per));
     }
     const Sums total = warp_sum(mine);
     if (threadIdx.x % warp_threads == 0) op.finish(c, op.origin(c), total, totals);
@@ -491,10 +493,9 @@ __global__ void __launch_bounds__(block_threads)
       __syncthreads();
       if (last_to_arrive(meeting.tickets + (plan.own_tiles ? tile : 0),
                          static_cast<unsigned>(others), reinterpret_cast<unsigned*>(scratch)))
-        finish_columns(op, plan, plan.chunks, first, last, meeting.totals,
-                       [&](std::int64_t k, std::int64_t of) {
-                         return meeting.partials[k * plan.width + of];
-                       });
+        finish_columns(
+            op, plan, plan.chunks, first, last, meeting.totals,
+            [&](std::int64_t k, std::int64_t of) { return meeting.partials[k * plan.width + of]; });
     }
     __syncthreads();
   }

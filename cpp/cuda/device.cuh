@@ -20,7 +20,8 @@ namespace cuda {
 constexpr int warp_threads = 32;
 constexpr unsigned full_warp = 0xFFFFFFFFu;
 
-// -- threads ---------------------------------------------------------------------------------------
+// -- threads
+// ---------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 __device__ inline unsigned char* shared_memory() {
@@ -67,7 +68,8 @@ inline T* of_peer(T* shared, int rank) {
 }
 #endif
 
-// -- numbers ---------------------------------------------------------------------------------------
+// -- numbers
+// ---------------------------------------------------------------------------------------
 
 __device__ inline float widen(float x) {
   return x;
@@ -117,7 +119,8 @@ __device__ inline float16 narrow<float16>(float x) {
   return result;
 }
 
-// -- memory ----------------------------------------------------------------------------------------
+// -- memory
+// ----------------------------------------------------------------------------------------
 
 template <class S>
 constexpr int width_of = access_bytes / static_cast<int>(sizeof(S));

@@ -31,9 +31,9 @@ __device__ inline unsigned mask_word(const MaskDraw& draw, std::uint64_t seed, s
     const std::uint32_t bits = w < 4 ? block.word[w] & 0xFFFFu : block.word[w - 4] >> 16;
     bool kept = bits > upper || (bits == upper && lower == 0);
     if (bits == upper && lower != 0) {
-      const std::uint64_t element =
-          static_cast<std::uint64_t>(tile) * mask_tile + lane / MaskLayout::lanes * MaskLayout::span +
-          w * MaskLayout::lanes + lane % MaskLayout::lanes;
+      const std::uint64_t element = static_cast<std::uint64_t>(tile) * mask_tile +
+                                    lane / MaskLayout::lanes * MaskLayout::span +
+                                    w * MaskLayout::lanes + lane % MaskLayout::lanes;
       kept = mask_half(seed, draw.offset, element, true) >= lower;
     }
     // Elements 16 w to 16 w + 15 of the first span, and of the second.

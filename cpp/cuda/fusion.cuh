@@ -113,8 +113,8 @@ struct Tail {
   template <class Body>
   __device__ void with_epilogue(Body body) const {
     switch (fusion.activation) {
-#define BNEXT_CASE(name)      \
-  case Activation::name:      \
+#define BNEXT_CASE(name)    \
+  case Activation::name:    \
     body(epilogue::name()); \
     break;
       BNEXT_EPILOGUES(BNEXT_CASE)

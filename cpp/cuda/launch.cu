@@ -53,8 +53,8 @@ bool aligned(std::initializer_list<const void*> pointers) {
 }
 
 bool is_plain(const Fusion& f, const void* grad_residual = nullptr) {
-  return f.residual == nullptr && f.dropout.threshold == 0 && f.passes == nullptr &&
-         !f.inverted && grad_residual == nullptr &&
+  return f.residual == nullptr && f.dropout.threshold == 0 && f.passes == nullptr && !f.inverted &&
+         grad_residual == nullptr &&
          (f.activation == Activation::none || f.activation == Activation::relu);
 }
 
@@ -82,11 +82,10 @@ void sum_and_write(const Place& place, const Plan& plan, const Op& op, const Mee
   constexpr bool plain_sums = plain || std::is_same<Op, Forward<S>>::value;
   switch (plan.path) {
     case Path::resident:
-      start<resident<S, Op, plain>>(
-          place, plan.problem.c * plan.cluster,
-          static_cast<std::size_t>(plan.shared_bytes) + warps_bytes + sizeof(Sums) +
-              sizeof(typename Op::Coefficients),
-          plan.cluster, op, plan, meeting);
+      start<resident<S, Op, plain>>(place, plan.problem.c * plan.cluster,
+                                    static_cast<std::size_t>(plan.shared_bytes) + warps_bytes +
+                                        sizeof(Sums) + sizeof(typename Op::Coefficients),
+                                    plan.cluster, op, plan, meeting);
       return;
     case Path::columns_once:
       start<columns<S, Op, plain>>(place, plan.tiles, columns_bytes<S, Op>, 1, op, plan, meeting,
@@ -163,8 +162,8 @@ template <class S>
 void on_device(const BatchNormBackwardArgs& args) {
   const DeviceGuard guard(args.place.device);
   const Plan plan = make_plan(args.problem, sizeof(S), 2, limits_of(args.place.device));
-  Backward<S> op{args, aligned({args.grad_y, args.x, args.grad_x, args.fusion.residual,
-                                args.grad_residual})};
+  Backward<S> op{
+      args, aligned({args.grad_y, args.x, args.grad_x, args.fusion.residual, args.grad_residual})};
   op.a.problem = plan.problem;
   const std::int64_t size = plan.problem.size();
   const Scratch scratch(args.place, plan, plan.problem.c,
@@ -205,8 +204,8 @@ void on_device(const DropoutArgs& args) {
   const std::int64_t bits = args.size / (args.map.repeats * args.map.run);
   const Scratch scratch(args.place, Plan{}, 0, bits);
   draw(args.place, args.draw, bits, scratch.kept);
-  start<dropout<S>>(args.place, blocks, 0, 1, args,
-                    static_cast<const std::uint32_t*>(scratch.kept), wide);
+  start<dropout<S>>(args.place, blocks, 0, 1, args, static_cast<const std::uint32_t*>(scratch.kept),
+                    wide);
 }
 
 template <class S, class Args>

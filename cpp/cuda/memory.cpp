@@ -29,7 +29,7 @@ struct Kept {
   std::size_t bytes;
 };
 
-constexpr std::size_t most_kept = 32;                          // workspaces
+constexpr std::size_t most_kept = 32;                         // workspaces
 constexpr std::size_t worth_keeping = std::size_t{64} << 20;  // bytes of one
 
 struct Cache {
@@ -82,8 +82,7 @@ std::string find_unavailable_reason() {
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  const std::string message =
-      std::string("CUDA: ") + what + ": " + cudaGetErrorString(error);
+  const std::string message = std::string("CUDA: ") + what + ": " + cudaGetErrorString(error);
   if (error == cudaErrorMemoryAllocation) throw OutOfMemory(message);
   throw DeviceError(message);
 }
@@ -189,6 +188,18 @@ void release(const Place& place, void* memory) noexcept {
     cudaFreeAsync(memory, stream_of(place));
   } catch (const std::exception&) {  // the driver is gone, and the memory with it
   }
+}
+
+void order(const Place& place, Stream waiting) {
+  if (place.stream == waiting) return;
+  const DeviceGuard guard(place.device);
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+  cudaError_t error = cudaEventRecord(event, stream_of(place));
+  if (error == cudaSuccess)
+    error = cudaStreamWaitEvent(static_cast<cudaStream_t>(waiting), event, 0);
+  cudaEventDestroy(event);  // once it has happened
+  check(error, "ordering two streams");
 }
 
 int device_of(const void* data) {

@@ -1,6 +1,7 @@
-// Sums of the values of a thread, and of all threads, in float64: what forward says of the mean is what gradients of
-// any size are multiplied with in backward, so it must be as exact as float64 makes it. Data-center
-// GPUs have the units for it (half the rate of float32); others may wait for these sums.
+// Sums of the values of a thread, and of all threads, in float64: what forward says of the mean is
+// what gradients of any size are multiplied with in backward, so it must be as exact as float64
+// makes it. Data-center GPUs have the units for it (half the rate of float32); others may wait for
+// these sums.
 #pragma once
 
 #include "cuda/device.cuh"

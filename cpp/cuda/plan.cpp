@@ -13,9 +13,9 @@ constexpr std::int64_t most_chunks = 512;     // more only cost time to merge
 constexpr std::int64_t most_partials = 1 << 17;
 constexpr std::int64_t short_row_bytes = 64;  // below it, rows are columns
 constexpr std::int64_t most_blocks = 1 << 20;
-constexpr std::int64_t tile_width = 32;    // accesses: one for each thread of a warp
-constexpr std::int64_t rows_at_once = 64;  // in one launch: for each thread of a column
-constexpr std::int64_t busy_blocks = 264;  // two for each multiprocessor of a large device
+constexpr std::int64_t tile_width = 32;         // accesses: one for each thread of a warp
+constexpr std::int64_t rows_at_once = 64;       // in one launch: for each thread of a column
+constexpr std::int64_t busy_blocks = 264;       // two for each multiprocessor of a large device
 constexpr std::int64_t good_share = 100 << 10;  // shared bytes of a block that has a neighbour
 constexpr std::int64_t small_size = 1 << 17;    // values; below it, a launch is what takes time
 
@@ -68,9 +68,8 @@ void plan_columns(Plan& plan) {
   plan.per = p.channels_last ? 1 : p.s;
   plan.channel_columns = p.c * plan.per;
   const std::int64_t positions = p.channels_last ? p.per_channel() : p.n;
-  const std::int64_t replicas =
-      std::min<std::int64_t>(plan.vector / std::gcd<std::int64_t>(plan.vector, plan.channel_columns),
-                             positions);
+  const std::int64_t replicas = std::min<std::int64_t>(
+      plan.vector / std::gcd<std::int64_t>(plan.vector, plan.channel_columns), positions);
   plan.width = plan.channel_columns * replicas;
   plan.rows = divide_up(positions, replicas);
   const std::int64_t vectors = divide_up(plan.width, plan.vector);
@@ -108,10 +107,9 @@ Plan make_plan(const Problem& problem, int item, int tensors, const Limits& limi
   }
   if (try_resident(plan, tensors, limits)) return plan;
   plan.path = Path::rows;
-  const std::int64_t wanted =
-      std::clamp<std::int64_t>(std::min(divide_up(enough_blocks, problem.c),
-                                        problem.per_channel() / fewest_values),
-                               1, most_chunks);
+  const std::int64_t wanted = std::clamp<std::int64_t>(
+      std::min(divide_up(enough_blocks, problem.c), problem.per_channel() / fewest_values), 1,
+      most_chunks);
   cut_rows(plan, wanted);
   plan.partials = plan.chunks * problem.c;
   plan.tickets = problem.c;

@@ -33,6 +33,9 @@ void* allocate(const Place&, std::size_t) {
   refuse();
 }
 void release(const Place&, void*) noexcept {}
+void order(const Place&, Stream) {
+  refuse();
+}
 int device_of(const void*) {
   refuse();
 }

@@ -38,7 +38,8 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-// -- threads ---------------------------------------------------------------------------------------
+// -- threads
+// ---------------------------------------------------------------------------------------
 
 inline dim3 blockDim, gridDim;
 
@@ -154,9 +155,8 @@ inline void run_cluster(unsigned first, unsigned count, std::size_t shared) {
   m.cluster = {static_cast<int>(count * threads), 0, 0};
   m.fibers.assign(std::size_t{count} * threads, Fiber{});
   while (m.stacks.size() < m.fibers.size())
-    m.stacks.push_back(static_cast<unsigned char*>(mmap(nullptr, stack_bytes,
-                                                        PROT_READ | PROT_WRITE,
-                                                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)));
+    m.stacks.push_back(static_cast<unsigned char*>(
+        mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)));
   for (unsigned b = 0; b < count; ++b) {
     Block& block = m.blocks[b];
     block.index = dim3(first + b);
@@ -247,7 +247,8 @@ inline unsigned atomicOr(unsigned* at, unsigned value) {
   return std::exchange(*at, *at | value);
 }
 
-// -- the runtime -----------------------------------------------------------------------------------
+// -- the runtime
+// -----------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -258,8 +259,12 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
-enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice,
-                      cudaMemoryTypeManaged };
+enum cudaMemoryType {
+  cudaMemoryTypeUnregistered,
+  cudaMemoryTypeHost,
+  cudaMemoryTypeDevice,
+  cudaMemoryTypeManaged
+};
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
@@ -269,6 +274,8 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 constexpr unsigned cudaStreamNonBlocking = 1;
 using cudaStream_t = void*;
+using cudaEvent_t = void*;
+constexpr unsigned cudaEventDisableTiming = 2;
 struct cudaPointerAttributes {
   cudaMemoryType type;
   int device;
@@ -439,6 +446,18 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, unsigned) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t) {
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
