@@ -289,10 +289,10 @@ __global__ void __launch_bounds__(block_threads) write_rows(Op op, Plan plan, Me
 
 // A cluster takes a channel through all steps, with what it read in shared memory.
 template <class S, class Op, bool plain>
-__global__ void __launch_bounds__(block_threads) resident(Op op, Plan plan, Meeting meeting) {
+__global__ void __launch_bounds__(most_threads) resident(Op op, Plan plan, Meeting meeting) {
   using Input = typename Op::Input;
   using Coefficients = typename Op::Coefficients;
-  constexpr int warps = block_threads / warp_threads;
+  constexpr int warps = most_threads / warp_threads;
   auto* kept = reinterpret_cast<Input*>(shared_memory());
   auto* scratch = reinterpret_cast<Sums*>(shared_memory() + plan.shared_bytes);
   Sums* const of_block = scratch + warps;

@@ -29,7 +29,7 @@ void allow_shared(std::size_t bytes, int device) {
 }
 
 template <auto kernel, class... Args>
-void start(const Place& place, std::int64_t blocks, std::size_t shared, int cluster,
+void start(const Place& place, std::int64_t blocks, int threads, std::size_t shared, int cluster,
            const Args&... args) {
   allow_shared<kernel>(shared, place.device);
   cudaLaunchAttribute attribute{};
@@ -38,7 +38,7 @@ void start(const Place& place, std::int64_t blocks, std::size_t shared, int clus
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(block_threads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(place.stream);
   config.attrs = &attribute;
@@ -67,37 +67,37 @@ constexpr std::size_t columns_bytes =
 template <class S, class Op, bool plain>
 void write_only(const Place& place, const Plan& plan, const Op& op, const Meeting& meeting) {
   if (plan.path == Path::rows)
-    start<write_rows<S, Op, plain>>(place, plan.problem.c * plan.chunks,
+    start<write_rows<S, Op, plain>>(place, plan.problem.c * plan.chunks, plan.threads,
                                     sizeof(typename Op::Coefficients), 1, op, plan, meeting);
   else
-    start<columns<S, Op, plain>>(place, plan.tiles * plan.chunks, columns_bytes<S, Op>, 1, op, plan,
-                                 meeting, false, true);
+    start<columns<S, Op, plain>>(place, plan.tiles * plan.chunks, plan.threads,
+                                 columns_bytes<S, Op>, 1, op, plan, meeting, false, true);
 }
 
 // Sums, and then what follows from them.
 template <class S, class Op, bool plain>
 void sum_and_write(const Place& place, const Plan& plan, const Op& op, const Meeting& meeting) {
-  constexpr std::size_t warps_bytes = sizeof(Sums) * (block_threads / warp_threads);
+  constexpr std::size_t warps_bytes = sizeof(Sums) * (most_threads / warp_threads);
   // The sums of forward come before everything that follows the normalisation.
   constexpr bool plain_sums = plain || std::is_same<Op, Forward<S>>::value;
   switch (plan.path) {
     case Path::resident:
-      start<resident<S, Op, plain>>(place, plan.problem.c * plan.cluster,
+      start<resident<S, Op, plain>>(place, plan.problem.c * plan.cluster, plan.threads,
                                     static_cast<std::size_t>(plan.shared_bytes) + warps_bytes +
                                         sizeof(Sums) + sizeof(typename Op::Coefficients),
                                     plan.cluster, op, plan, meeting);
       return;
     case Path::columns_once:
-      start<columns<S, Op, plain>>(place, plan.tiles, columns_bytes<S, Op>, 1, op, plan, meeting,
-                                   true, true);
+      start<columns<S, Op, plain>>(place, plan.tiles, plan.threads, columns_bytes<S, Op>, 1, op,
+                                   plan, meeting, true, true);
       return;
     case Path::rows:
-      start<sum_rows<S, Op, plain_sums>>(place, plan.problem.c * plan.chunks, warps_bytes, 1, op,
-                                         plan, meeting);
+      start<sum_rows<S, Op, plain_sums>>(place, plan.problem.c * plan.chunks, plan.threads,
+                                         warps_bytes, 1, op, plan, meeting);
       break;
     case Path::columns:
-      start<columns<S, Op, plain_sums>>(place, plan.tiles * plan.chunks, columns_bytes<S, Op>, 1,
-                                        op, plan, meeting, true, false);
+      start<columns<S, Op, plain_sums>>(place, plan.tiles * plan.chunks, plan.threads,
+                                        columns_bytes<S, Op>, 1, op, plan, meeting, true, false);
       break;
   }
   write_only<S, Op, plain>(place, plan, op, meeting);
@@ -128,8 +128,8 @@ struct Scratch {
 
 void draw(const Place& place, const MaskDraw& mask, std::int64_t size, std::uint32_t* words) {
   constexpr std::int64_t per_block = block_threads / warp_threads * mask_tile;
-  start<draw_mask>(place, std::min(enough_blocks, blocks_for(size, per_block)), 0, 1, mask, size,
-                   words);
+  start<draw_mask>(place, std::min(enough_blocks, blocks_for(size, per_block)), block_threads, 0, 1,
+                   mask, size, words);
 }
 
 // The bits of dropout, for kernels to find.
@@ -197,15 +197,15 @@ void on_device(const DropoutArgs& args) {
   constexpr std::int64_t per_block = block_threads * 4 * width_of<S>;
   const std::int64_t blocks = std::min(4 * enough_blocks, blocks_for(args.size, per_block));
   if (!args.map.shares()) {
-    start<dropout<S>>(args.place, blocks, 0, 1, args, static_cast<const std::uint32_t*>(nullptr),
-                      wide);
+    start<dropout<S>>(args.place, blocks, block_threads, 0, 1, args,
+                      static_cast<const std::uint32_t*>(nullptr), wide);
     return;
   }
   const std::int64_t bits = args.size / (args.map.repeats * args.map.run);
   const Scratch scratch(args.place, Plan{}, 0, bits);
   draw(args.place, args.draw, bits, scratch.kept);
-  start<dropout<S>>(args.place, blocks, 0, 1, args, static_cast<const std::uint32_t*>(scratch.kept),
-                    wide);
+  start<dropout<S>>(args.place, blocks, block_threads, 0, 1, args,
+                    static_cast<const std::uint32_t*>(scratch.kept), wide);
 }
 
 template <class S, class Args>

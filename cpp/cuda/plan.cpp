@@ -17,6 +17,7 @@ constexpr std::int64_t tile_width = 32;         // accesses: one for each thread
 constexpr std::int64_t rows_at_once = 64;       // in one launch: for each thread of a column
 constexpr std::int64_t busy_blocks = 264;       // two for each multiprocessor of a large device
 constexpr std::int64_t good_share = 100 << 10;  // shared bytes of a block that has a neighbour
+constexpr std::int64_t small_share = 32 << 10;  // of which several fit beside each other
 constexpr std::int64_t small_size = 1 << 17;    // values; below it, a launch is what takes time
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) {
@@ -56,6 +57,7 @@ bool try_resident(Plan& plan, int tensors, const Limits& limits) {
     // Of few channels the whole device should read.
     if (p.c * cluster < busy_blocks / 4 && p.size() > small_size) continue;
     cut.path = Path::resident;
+    if (cut.shared_bytes > small_share) cut.threads = most_threads;
     cut.cluster = cluster;
     plan = cut;
     return true;
@@ -99,6 +101,7 @@ Plan make_plan(const Problem& problem, int item, int tensors, const Limits& limi
   Plan plan{};
   plan.problem = problem;
   plan.vector = access_bytes / item;
+  plan.threads = block_threads;
   plan.pieces = plan.cluster = 1;
   if (problem.s == 1) plan.problem.channels_last = true;  // the same memory
   if (plan.problem.channels_last || problem.s * item < short_row_bytes) {

@@ -19,6 +19,7 @@ struct Limits {
 
 constexpr int access_bytes = 16;  // of the widest load and store
 constexpr int block_threads = 256;
+constexpr int most_threads = 512;  // of a resident block that has no neighbour to fill its gaps
 
 // Paths of batch normalization.
 //   resident: one launch; the blocks of a cluster hold a channel in their shared memory between the
@@ -39,6 +40,7 @@ struct Plan {
   Problem problem;
   Path path;
   int vector;           // values of one access
+  int threads;          // of a block
   std::int64_t chunks;  // rows, resident: of each channel; columns: of the rows
   std::int64_t rows_per_chunk;
   // rows, resident

@@ -57,8 +57,8 @@ void check_coverage(const Plan& plan) {
     for (std::int64_t c = 0; c < p.c; ++c) {
       std::int64_t values = 0;
       for (std::int64_t chunk = 0; chunk < blocks; ++chunk)
-        for (int t = 0; t < block_threads; ++t) {
-          RowSlots walk(plan, c, chunk, t, block_threads);
+        for (int t = 0; t < plan.threads; ++t) {
+          RowSlots walk(plan, c, chunk, t, plan.threads);
           if (t == 0) values += walk.values();
           for (; walk.valid(); walk.next()) {
             check(walk.number() < places, "no place in shared memory");
@@ -70,14 +70,12 @@ void check_coverage(const Plan& plan) {
   } else {
     for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk)
       for (std::int64_t tile = 0; tile < plan.tiles; ++tile)
-        for (int t = 0; t < block_threads; ++t)
-          for (ColumnSlots walk(plan, tile, chunk, t, block_threads); walk.valid(); walk.next()) {
+        for (int t = 0; t < plan.threads; ++t)
+          for (ColumnSlots walk(plan, tile, chunk, t, plan.threads); walk.valid(); walk.next()) {
             const std::int64_t column = walk.column();
-            check(plan.own_tiles ||
-                      plan.path == Path::columns,
+            check(plan.own_tiles || plan.path == Path::columns,
                   "one launch needs the whole of each channel in a tile");
-            visit(walk.get(),
-                  [&](int e) { return channel_of_column(plan, column + e); });
+            visit(walk.get(), [&](int e) { return channel_of_column(plan, column + e); });
           }
   }
   check(channels_right, "a value of another channel");
@@ -95,12 +93,14 @@ void check_plan(const Problem& p, bool covered) {
         const Plan plan = make_plan(p, item, tensors, limits);
         check(plan.vector * item == access_bytes, "width of an access");
         check(plan.shared_bytes <= limits.shared_bytes, "shared memory");
+        check(plan.threads % 32 == 0 && plan.threads <= most_threads, "threads");
         check(plan.cluster >= 1 && plan.cluster <= limits.cluster, "cluster");
         check(plan.path != Path::resident || plan.chunks <= plan.cluster, "chunks of a cluster");
-        check(plan.partials * 16 + plan.tickets * 4 <=
-                  std::max(most_workspace, 64 * plan.problem.c),
-              "workspace");
-        check(plan.chunks * std::max(plan.problem.c, plan.tiles) < (std::int64_t{1} << 31), "blocks");
+        check(
+            plan.partials * 16 + plan.tickets * 4 <= std::max(most_workspace, 64 * plan.problem.c),
+            "workspace");
+        check(plan.chunks * std::max(plan.problem.c, plan.tiles) < (std::int64_t{1} << 31),
+              "blocks");
         if (covered) check_coverage(plan);
       }
 }
