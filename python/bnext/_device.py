@@ -294,9 +294,9 @@ def batch_norm_forward(
     gated = _core.is_gated(activation)
     size = call.x.nbytes // _core.dtype_size(call.x.dtype)
     if r is not None and gated:
-        passes = DeviceArray.empty(
-            (_core.passes_bytes(size) // 2 + 1,), "float16", call.x.device, call.stream
-        )
+        # Memory of the caller's library, as all that outlives the call: graphs that it captures
+        # know of it. Bits, so the dtype is any of the core's.
+        _, passes = call.empty((_core.passes_bytes(size) // 2 + 1,), "float16")
     draw = _draw(call.operation, generator, dropout)
     options = {
         "channel_axis": channel_axis,
