@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from bnext import _core
 
-BACKENDS = [name for name, available in _core.backends() if available]
+_backends = dict(_core.backends())
+# Those of the processor, whose results are the same to the bit.
+BACKENDS = [name for name, available in _backends.items() if available and name != "cuda"]
+# On arrays in main memory, that of GPUs copies them there and back: every test is one of it too.
+needs_cuda = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _backends["cuda"], reason=f"CUDA: {_core.cuda_unavailable_reason()}"),
+]
+CUDA = pytest.param("cuda", marks=needs_cuda)
 # Those that are computed as they are, and those of 16 bits, of which parameters are not.
 DTYPES = [np.dtype(name).type for name, parameters in _core.dtypes.items() if name == parameters]
 HALF_DTYPES = [np.dtype(name).type for name in _core.dtypes if np.dtype(name).type not in DTYPES]

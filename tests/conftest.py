@@ -2,10 +2,10 @@ import pytest
 
 import bnext
 from bnext import _core
-from cases import BACKENDS
+from cases import BACKENDS, CUDA
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, CUDA])
 def backend(request):
     """Every backend that this machine can run, one after the other."""
     before = _core.backend()

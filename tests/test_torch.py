@@ -303,7 +303,7 @@ def test_dropout_has_the_mask_of_its_seed(case, layout, dtype):
         assert y.stride() == x.stride()
 
     torch.set_rng_state(state)
-    seed = int(_bridge.draw_seed())
+    seed = int(_bridge.draw_seed(x))
     last = layout == "last" and len(shape) > 2
     if last:
         mask_shape = (mask_shape[0], *mask_shape[2:], mask_shape[1])

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bind/arrays.hpp"
+#include "bind/device.hpp"
 #include "bind/random.hpp"
 #include "bnext/lists.hpp"
 #include "core/check.hpp"
@@ -21,6 +22,8 @@ const char* activation_name(Activation activation) {
   return "?";
 }
 
+}  // namespace
+
 Activation activation_of(const char* operation, py::handle object) {
   if (object.is_none()) return Activation::none;
   std::string names = "None";
@@ -37,6 +40,8 @@ Activation activation_of(const char* operation, py::handle object) {
   if (!py::isinstance<py::str>(object)) throw py::type_error(message);
   throw py::value_error(message);
 }
+
+namespace {
 
 OptionalArray copy(const OptionalArray& array) {
   if (!array) return std::nullopt;
@@ -107,11 +112,14 @@ OptionalArray optional_input(const char* operation, const char* argument, py::ha
   return input(operation, argument, object);
 }
 
-py::tuple forward(py::handle x, py::handle weight, py::handle bias, py::handle eps,
-                  py::handle channel_axis, py::handle residual, py::handle activation,
-                  py::handle negative_slope, py::handle dropout, py::handle generator,
-                  py::handle out) {
+py::object forward(py::handle x, py::handle weight, py::handle bias, py::handle eps,
+                   py::handle channel_axis, py::handle residual, py::handle activation,
+                   py::handle negative_slope, py::handle dropout, py::handle generator,
+                   py::handle out) {
   constexpr const char* operation = "batch_norm_forward";
+  if (is_on_device(x))
+    return device_operation(operation)(x, weight, bias, eps, channel_axis, residual, activation,
+                                       negative_slope, dropout, generator, out);
   const Options options(operation, channel_axis, activation, negative_slope);
   const py::array from = input(operation, "x", x);
   const OptionalArray w = per_channel(operation, "weight", weight, parameter_dtype(from));
@@ -165,8 +173,9 @@ py::tuple forward(py::handle x, py::handle weight, py::handle bias, py::handle e
   return py::make_tuple(y, std::move(saved));
 }
 
-BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
+py::object backward(py::handle grad_y, py::handle saved, py::handle out) {
   constexpr const char* operation = "batch_norm_backward";
+  if (is_of_device(saved)) return device_operation(operation)(grad_y, saved, out);
   if (!py::isinstance<BatchNormSaved>(saved))
     throw py::type_error(std::string(operation) +
                          ": saved: expected what batch_norm_forward returned, got " +
@@ -224,7 +233,8 @@ BatchNormGrads backward(py::handle grad_y, py::handle saved, py::handle out) {
   const auto or_none = [](const OptionalArray& array) {
     return array ? py::object(*array) : py::object(py::none());
   };
-  return {grad_x, or_none(grad_weight), or_none(grad_bias), or_none(grad_residual)};
+  return py::cast(
+      BatchNormGrads{grad_x, or_none(grad_weight), or_none(grad_bias), or_none(grad_residual)});
 }
 
 // Inference, and what backward would need through it: the statistics are constants there.
@@ -285,8 +295,12 @@ py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, 
 py::object inference(py::handle x, py::handle mean, py::handle var, py::handle weight,
                      py::handle bias, py::handle eps, py::handle channel_axis, py::handle residual,
                      py::handle activation, py::handle negative_slope, py::handle out) {
-  return inference_saved("batch_norm_inference", x, mean, var, weight, bias, eps, channel_axis,
-                         residual, activation, negative_slope, out, false)[0];
+  constexpr const char* operation = "batch_norm_inference";
+  if (is_on_device(x))
+    return device_operation(operation)(x, mean, var, weight, bias, eps, channel_axis, residual,
+                                       activation, negative_slope, out);
+  return inference_saved(operation, x, mean, var, weight, bias, eps, channel_axis, residual,
+                         activation, negative_slope, out, false)[0];
 }
 
 py::tuple inference_forward(py::handle x, py::handle mean, py::handle var, py::handle weight,

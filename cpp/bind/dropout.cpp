@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/arrays.hpp"
+#include "bind/device.hpp"
 #include "bind/random.hpp"
 #include "core/check.hpp"
 
@@ -18,6 +19,8 @@ struct DropoutSaved {
   bool alpha;
 };
 
+}  // namespace
+
 Shape shape_argument(const char* operation, const char* argument, py::handle object) {
   Shape shape;
   try {
@@ -30,8 +33,11 @@ Shape shape_argument(const char* operation, const char* argument, py::handle obj
   return shape;
 }
 
-py::tuple run_forward(const char* operation, py::handle x, py::handle p, py::handle mask_shape,
-                      py::handle generator, py::handle out, bool alpha) {
+namespace {
+
+py::object run_forward(const char* operation, py::handle x, py::handle p, py::handle mask_shape,
+                       py::handle generator, py::handle out, bool alpha) {
+  if (is_on_device(x)) return device_operation(operation)(x, p, mask_shape, generator, out);
   const auto source = generator_of(operation, generator);
   const py::array from = input(operation, "x", x);
   DropoutForward args;
@@ -55,18 +61,19 @@ py::tuple run_forward(const char* operation, py::handle x, py::handle p, py::han
   return py::make_tuple(y, saved);
 }
 
-py::tuple forward(py::handle x, py::handle p, py::handle mask_shape, py::handle generator,
-                  py::handle out) {
+py::object forward(py::handle x, py::handle p, py::handle mask_shape, py::handle generator,
+                   py::handle out) {
   return run_forward("dropout_forward", x, p, mask_shape, generator, out, false);
 }
 
-py::tuple alpha_forward(py::handle x, py::handle p, py::handle mask_shape, py::handle generator,
-                        py::handle out) {
+py::object alpha_forward(py::handle x, py::handle p, py::handle mask_shape, py::handle generator,
+                         py::handle out) {
   return run_forward("alpha_dropout_forward", x, p, mask_shape, generator, out, true);
 }
 
-py::array backward(py::handle grad_y, py::handle saved, py::handle out) {
+py::object backward(py::handle grad_y, py::handle saved, py::handle out) {
   constexpr const char* operation = "dropout_backward";
+  if (is_of_device(saved)) return device_operation(operation)(grad_y, saved, out);
   if (!py::isinstance<DropoutSaved>(saved))
     throw py::type_error(std::string(operation) +
                          ": saved: expected what dropout_forward returned, got " +
@@ -78,8 +85,10 @@ py::array backward(py::handle grad_y, py::handle saved, py::handle out) {
                           to_string(s.shape) + ", got " + to_string(shape_of(from)));
   const py::array grad_x = output(operation, out, from);
   const DropoutBackward args{view(from), s.p, s.draw, view(grad_x), s.mask_shape, s.alpha};
-  const py::gil_scoped_release release;
-  dropout_backward(args);
+  {
+    const py::gil_scoped_release release;
+    dropout_backward(args);
+  }
   return grad_x;
 }
 
@@ -127,7 +136,7 @@ py::tuple prepare(const std::string& operation, const std::string& argument, py:
                   py::handle out) {
   const py::array from = input(operation.c_str(), argument.c_str(), x);
   const py::array to = output(operation.c_str(), out, from);
-  const Check check(operation.c_str());
+  const Check check(operation.c_str(), view(from));
   check.same_kind("out", view(to), view(from));
   check.no_overlap("out", view(to), argument.c_str(), view(from), true);
   return py::make_tuple(from, to);

@@ -8,6 +8,7 @@
 namespace py = pybind11;
 
 void bind_batch_norm(py::module_& m);
+void bind_device(py::module_& m);
 void bind_dropout(py::module_& m);
 void bind_im2col(py::module_& m);
 void bind_pooling(py::module_& m);
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_core, m) {
 
   bind_random(m);  // first: Generator is in the signatures of the others
   bind_batch_norm(m);
+  bind_device(m);
   bind_dropout(m);
   bind_im2col(m);
   bind_pooling(m);

@@ -95,6 +95,8 @@ TypeError
     If it is no integer.)");
   m.def("cache_bytes", bnext::cache_bytes,
         "Bytes of the largest cache, as the system reports them or BNEXT_CACHE_BYTES says.");
+  m.def("cuda_unavailable_reason", bnext::cuda_unavailable_reason,
+        "Why the backend for GPUs is not available; empty if it is.");
   m.def("has_openmp", bnext::has_openmp, "Whether bnext was compiled with OpenMP.");
   m.def("pause_threads", bnext::pause_threads, "To be called before os.fork().");
   m.def("copy_count", copy_count,

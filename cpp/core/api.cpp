@@ -10,12 +10,30 @@
 #include "core/math.hpp"
 #include "core/philox.hpp"
 #include "cpu/parallel.hpp"
+#include "cuda/backend.hpp"
 
 namespace bnext {
 namespace {
 
-void fill(const Array& a, double value) {
+Place place_of(const Array& data, Stream stream) {
+  if (data.device.kind == DeviceKind::cpu) return {};
+  return {data.device.index, stream};
+}
+
+bool in_main_memory(const Array& a) {
+  return a.device.kind == DeviceKind::cpu;
+}
+
+// With 0 or NaN.
+void fill(const Array& a, double value, Stream stream) {
   if (!a.given) return;
+  if (!in_main_memory(a)) {
+    // All bits set are a NaN.
+    if (a.size() > 0)
+      cuda::fill_bytes(place_of(a, stream), a.data, value == 0 ? 0 : 0xFF,
+                       static_cast<std::size_t>(a.bytes()));
+    return;
+  }
   for (std::int64_t i = 0; i < a.size(); ++i) {
     if (a.dtype == DType::float32)
       static_cast<float*>(a.data)[i] = static_cast<float>(value);
@@ -82,7 +100,7 @@ MaskMap check_dropout(const Check& check, const char* in_name, const Array& in, 
 
 MaskDraw mask_draw(double p, const DropoutDraw& draw) {
   return {static_cast<std::uint64_t>(std::llround(std::ldexp(p, 32))), p == 1 ? 0 : 1 / (1 - p),
-          draw.seed, draw.offset};
+          draw.seed, draw.offset, draw.device_seed};
 }
 
 // y = scale x + shift where an element is kept, `dropped` elsewhere.
@@ -99,10 +117,16 @@ DropoutValues alpha_values(double p) {
 
 // Forward and backward are the same product with the same mask; alpha's forward adds constants.
 void run_dropout(const Array& in, double p, const DropoutDraw& draw, const Array& out,
-                 const MaskMap& map, bool alpha, bool backward) {
+                 const MaskMap& map, bool alpha, bool backward, Stream stream) {
   if (in.size() == 0) return;
+  const Place place = place_of(in, stream);
   if (p == 0) {
-    if (out.data != in.data) std::memcpy(out.data, in.data, static_cast<std::size_t>(in.bytes()));
+    const auto bytes = static_cast<std::size_t>(in.bytes());
+    if (out.data == in.data) return;
+    if (in_main_memory(in))
+      std::memcpy(out.data, in.data, bytes);
+    else
+      cuda::copy_bytes(place, out.data, in.data, bytes);
     return;
   }
   MaskDraw mask = mask_draw(p, draw);
@@ -110,8 +134,8 @@ void run_dropout(const Array& in, double p, const DropoutDraw& draw, const Array
   if (alpha) values = alpha_values(p);
   if (backward) values.shift = values.dropped = 0;
   mask.scale = values.scale;
-  current_backend().dropout[row(in.dtype)](
-      {in.size(), in.data, mask, out.data, map, values.shift, values.dropped});
+  backend_for(in.device).dropout[row(in.dtype)](
+      {in.size(), in.data, mask, out.data, map, values.shift, values.dropped, place});
 }
 
 // A residual, the bits of a gated activation and dropout, for batch_norm_*.
@@ -142,7 +166,8 @@ void check_from_result(const Check& check, const BatchNormBackward& a) {
     check.fail("residual", "expected none: x cannot be found again from results with a residual");
   if (a.dropout != 0)
     check.fail("dropout", "expected 0: x cannot be found again where it was dropped");
-  for (std::int64_t c = 0; a.weight.given && c < a.weight.size(); ++c)
+  const bool readable = a.weight.given && in_main_memory(a.weight);
+  for (std::int64_t c = 0; readable && c < a.weight.size(); ++c)
     if (parameter(a.weight, c) == 0)
       check.fail("weight", "expected no 0, got one in channel " + std::to_string(c) +
                                ": x cannot be found again from the results, which are constant");
@@ -173,7 +198,7 @@ std::int64_t passes_bytes(std::int64_t size) {
 namespace {
 
 DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
-  const Check check("batch_norm_forward");
+  const Check check("batch_norm_forward", a.x);
   const Problem problem = check.problem(a.x, a.channel_axis);
   const DType parameters = parameter_dtype(a.x.dtype);
   check.eps(a.eps);
@@ -193,27 +218,29 @@ DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
   check.no_overlap("out", a.y, "weight", a.weight, false);
   check.no_overlap("out", a.y, "bias", a.bias, false);
 
-  if (a.passes != nullptr)
+  if (a.passes != nullptr && in_main_memory(a.x))
     std::memset(a.passes, 0, static_cast<std::size_t>(passes_bytes(problem.size())));
   if (problem.size() == 0) {
     for (const Array& statistic : {a.mean, a.var, a.inv_std})
-      fill(statistic, std::numeric_limits<double>::quiet_NaN());
+      fill(statistic, std::numeric_limits<double>::quiet_NaN(), a.stream);
     return a.draw;
   }
   DropoutDraw draw = a.draw;
   if (generator != nullptr && a.dropout > 0) draw = {generator->seed(), generator->next()};
-  current_backend().batch_norm_forward[row(a.x.dtype)](
-      {problem,
-       a.x.data,
-       optional(a.weight),
-       optional(a.bias),
-       a.eps,
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw), a.passes,
-        nullptr, 0, false},
-       a.y.data,
-       static_cast<double*>(a.mean.data),
-       static_cast<double*>(a.var.data),
-       static_cast<double*>(a.inv_std.data)});
+  backend_for(a.x.device)
+      .batch_norm_forward[row(a.x.dtype)](
+          {problem,
+           a.x.data,
+           optional(a.weight),
+           optional(a.bias),
+           a.eps,
+           {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw),
+            a.passes, nullptr, 0, false},
+           a.y.data,
+           static_cast<double*>(a.mean.data),
+           static_cast<double*>(a.var.data),
+           static_cast<double*>(a.inv_std.data),
+           place_of(a.x, a.stream)});
   return draw;
 }
 
@@ -228,7 +255,7 @@ DropoutDraw batch_norm_forward(const BatchNormForward& args, Generator& generato
 }
 
 void batch_norm_backward(const BatchNormBackward& a) {
-  const Check check("batch_norm_backward");
+  const Check check("batch_norm_backward", a.x);
   const Problem problem = check.problem(a.x, a.channel_axis);
   const DType parameters = parameter_dtype(a.x.dtype);
   check_fusion(check, a.x, a.residual, a.activation, a.negative_slope, a.dropout, a.passes);
@@ -255,31 +282,33 @@ void batch_norm_backward(const BatchNormBackward& a) {
   check.no_overlap("out", a.grad_x, "bias", a.bias, false);
 
   if (problem.size() == 0) {
-    fill(a.grad_weight, 0);
-    fill(a.grad_bias, 0);
+    fill(a.grad_weight, 0, a.stream);
+    fill(a.grad_bias, 0, a.stream);
     return;
   }
-  current_backend().batch_norm_backward[row(a.x.dtype)](
-      {problem,
-       a.grad_y.data,
-       a.x.data,
-       optional(a.weight),
-       optional(a.bias),
-       static_cast<const double*>(a.mean.data),
-       static_cast<const double*>(a.inv_std.data),
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
-        const_cast<std::uint8_t*>(a.passes), nullptr, 0,
-        a.from_result && a.activation != Activation::none},
-       a.batch_statistics,
-       a.from_result,
-       a.grad_x.data,
-       a.grad_residual.given ? a.grad_residual.data : nullptr,
-       a.grad_weight.given ? a.grad_weight.data : nullptr,
-       a.grad_bias.given ? a.grad_bias.data : nullptr});
+  backend_for(a.x.device)
+      .batch_norm_backward[row(a.x.dtype)](
+          {problem,
+           a.grad_y.data,
+           a.x.data,
+           optional(a.weight),
+           optional(a.bias),
+           static_cast<const double*>(a.mean.data),
+           static_cast<const double*>(a.inv_std.data),
+           {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
+            const_cast<std::uint8_t*>(a.passes), nullptr, 0,
+            a.from_result && a.activation != Activation::none},
+           a.batch_statistics,
+           a.from_result,
+           a.grad_x.data,
+           a.grad_residual.given ? a.grad_residual.data : nullptr,
+           a.grad_weight.given ? a.grad_weight.data : nullptr,
+           a.grad_bias.given ? a.grad_bias.data : nullptr,
+           place_of(a.x, a.stream)});
 }
 
 void batch_norm_inference(const BatchNormInference& a) {
-  const Check check("batch_norm_inference");
+  const Check check("batch_norm_inference", a.x);
   const Problem problem = check.problem(a.x, a.channel_axis);
   const DType parameters = parameter_dtype(a.x.dtype);
   check.eps(a.eps);
@@ -288,7 +317,8 @@ void batch_norm_inference(const BatchNormInference& a) {
   check.per_channel("var", a.var, problem.c, parameters);
   check.optional_per_channel("weight", a.weight, problem.c, parameters);
   check.optional_per_channel("bias", a.bias, problem.c, parameters);
-  if (parameters == DType::float32 ? has_negative<float>(a.var) : has_negative<double>(a.var))
+  if (in_main_memory(a.var) &&
+      (parameters == DType::float32 ? has_negative<float>(a.var) : has_negative<double>(a.var)))
     check.fail("var", "expected no negative variance");
   check.same_kind("out", a.y, a.x);
   check.no_overlap("out", a.y, "x", a.x, true);
@@ -299,36 +329,44 @@ void batch_norm_inference(const BatchNormInference& a) {
   check.no_overlap("out", a.y, "bias", a.bias, false);
 
   if (problem.size() == 0) return;
-  current_backend().batch_norm_inference[row(a.x.dtype)](
-      {problem,
-       a.x.data,
-       a.mean.data,
-       a.var.data,
-       optional(a.weight),
-       optional(a.bias),
-       a.eps,
-       {optional(a.residual), a.activation, a.negative_slope, mask_draw(0, {}), nullptr, nullptr, 0,
-        false},
-       a.y.data});
+  backend_for(a.x.device)
+      .batch_norm_inference[row(a.x.dtype)]({problem,
+                                             a.x.data,
+                                             a.mean.data,
+                                             a.var.data,
+                                             optional(a.weight),
+                                             optional(a.bias),
+                                             a.eps,
+                                             {optional(a.residual), a.activation, a.negative_slope,
+                                              mask_draw(0, {}), nullptr, nullptr, 0, false},
+                                             a.y.data,
+                                             place_of(a.x, a.stream)});
+}
+
+void dropout_forward(const DropoutForward& a, const DropoutDraw& draw) {
+  const Check check("dropout_forward", a.x);
+  const MaskMap map = check_dropout(check, "x", a.x, a.p, a.y, a.mask_shape);
+  run_dropout(a.x, a.p, draw, a.y, map, a.alpha, false, a.stream);
 }
 
 DropoutDraw dropout_forward(const DropoutForward& a, Generator& generator) {
-  const MaskMap map = check_dropout(Check("dropout_forward"), "x", a.x, a.p, a.y, a.mask_shape);
+  const Check check("dropout_forward", a.x);
+  const MaskMap map = check_dropout(check, "x", a.x, a.p, a.y, a.mask_shape);
   const std::uint64_t offset = a.p == 0 ? generator.offset() : generator.next();
   const DropoutDraw draw{generator.seed(), offset};
-  run_dropout(a.x, a.p, draw, a.y, map, a.alpha, false);
+  run_dropout(a.x, a.p, draw, a.y, map, a.alpha, false, a.stream);
   return draw;
 }
 
 void dropout_backward(const DropoutBackward& a) {
-  const MaskMap map =
-      check_dropout(Check("dropout_backward"), "grad_y", a.grad_y, a.p, a.grad_x, a.mask_shape);
-  run_dropout(a.grad_y, a.p, a.draw, a.grad_x, map, a.alpha, true);
+  const Check check("dropout_backward", a.grad_y);
+  const MaskMap map = check_dropout(check, "grad_y", a.grad_y, a.p, a.grad_x, a.mask_shape);
+  run_dropout(a.grad_y, a.p, a.draw, a.grad_x, map, a.alpha, true, a.stream);
 }
 
 void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::int64_t count,
                   std::uint8_t* kept) {
-  const Check check("dropout_mask");
+  const Check check("dropout_mask", {});
   check_probability(check, "p", p);
   if (first < 0 || count < 0) check.fail("shape", "expected no negative extent");
   constexpr std::int64_t spans_per_task = 64, span = MaskLayout::span;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/host_device.hpp"
+
 namespace bnext {
 
 enum class Activation;
@@ -12,8 +14,8 @@ struct Problem {
   std::int64_t n, c, s;
   bool channels_last;
 
-  std::int64_t per_channel() const { return n * s; }
-  std::int64_t size() const { return n * s * c; }
+  BNEXT_HD std::int64_t per_channel() const { return n * s; }
+  BNEXT_HD std::int64_t size() const { return n * s * c; }
 };
 
 // Where dropout draws an element's 32 random bits, and what it makes of them.
@@ -22,6 +24,13 @@ struct MaskDraw {
   double scale;             // of what is kept
   std::uint64_t seed;
   std::uint64_t offset;
+  const std::uint64_t* seed_at;  // device backends: if not null, the seed is there
+};
+
+// Where an operation runs. Backends of the processor need neither.
+struct Place {
+  int device = -1;         // of the arrays; -1: they lie in main memory
+  void* stream = nullptr;  // a cudaStream_t
 };
 
 // What follows the normalisation in the same pass: + residual, activation, dropout.
@@ -54,6 +63,7 @@ struct BatchNormForwardArgs {
   double* mean;
   double* var;
   double* inv_std;
+  Place place;
 };
 
 struct BatchNormBackwardArgs {
@@ -71,6 +81,7 @@ struct BatchNormBackwardArgs {
   void* grad_residual;
   void* grad_weight;
   void* grad_bias;
+  Place place;
 };
 
 struct BatchNormInferenceArgs {
@@ -83,6 +94,7 @@ struct BatchNormInferenceArgs {
   double eps;
   Fusion fusion;
   void* y;
+  Place place;
 };
 
 // Which elements share a mask's bit. Seen as (samples, repeats, units, run), the element at
@@ -90,7 +102,7 @@ struct BatchNormInferenceArgs {
 struct MaskMap {
   std::int64_t repeats, units, run;
 
-  bool shares() const { return repeats > 1 || run > 1; }
+  BNEXT_HD bool shares() const { return repeats > 1 || run > 1; }
 };
 
 // y = scale x + shift where an element is kept, `dropped` elsewhere.
@@ -102,6 +114,7 @@ struct DropoutArgs {
   MaskMap map;
   double shift;  // 0 for all but alpha dropout, as is `dropped`
   double dropped;
+  Place place;
 };
 
 }  // namespace bnext

@@ -20,6 +20,10 @@ std::string to_string(double value) {
   return text.str();
 }
 
+std::string to_string(const Device& device) {
+  return device.kind == DeviceKind::cpu ? "main memory" : "cuda:" + std::to_string(device.index);
+}
+
 const char* to_string(DType dtype) {
   switch (dtype) {
 #define BNEXT_CASE(name, type, compute) \
@@ -75,6 +79,9 @@ void Check::usable(const char* argument, const Array& a) const {
   if (a.data == nullptr) fail(argument, "expected data, got a null pointer");
   if (reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(dtype_size(a.dtype)))
     fail(argument, "expected data aligned to its elements, got a misaligned pointer");
+  if (a.device != device_)
+    fail(argument, "expected an array in " + to_string(device_) + " as the data, got one in " +
+                       to_string(a.device));
 }
 
 Problem Check::problem(const Array& x, int channel_axis) const {

@@ -11,12 +11,14 @@ namespace bnext {
 std::string to_string(const Shape& shape);
 const char* to_string(DType dtype);
 std::string to_string(double value);
+std::string to_string(const Device& device);
 std::int64_t dtype_size(DType dtype);
 
 // Checks for one operation, whose name starts every message.
 class Check {
  public:
-  explicit Check(const char* operation) : operation_(operation) {}
+  // All arrays must lie where `data` does.
+  Check(const char* operation, const Array& data) : operation_(operation), device_(data.device) {}
 
   // Throws std::invalid_argument "operation: argument: message".
   [[noreturn]] void fail(const char* argument, const std::string& message) const;
@@ -38,6 +40,7 @@ class Check {
   void usable(const char* argument, const Array& a) const;
 
   const char* operation_;
+  Device device_;
 };
 
 }  // namespace bnext

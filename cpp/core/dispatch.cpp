@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bnext/runtime.hpp"
+#include "cuda/backend.hpp"
 
 namespace bnext {
 
@@ -38,6 +39,10 @@ const Backend* best() {
   return found;
 }
 
+bool cuda_available() {
+  return cuda::unavailable_reason().empty();
+}
+
 const Backend* find(const std::string& name) {
   std::string names;
   for (const Row& row : rows()) {
@@ -45,15 +50,20 @@ const Backend* find(const std::string& name) {
     if (name == row.backend->name) return row.backend;
     names += (names.empty() ? "" : ", ") + std::string(row.backend->name);
   }
-  throw std::invalid_argument("backend: no backend '" + name +
-                              "' on this machine; available: " + names);
+  std::string why;
+  if (name == backend_cuda.name) {
+    if (cuda_available()) return &backend_cuda;
+    why = " (" + cuda::unavailable_reason() + ")";
+  } else if (cuda_available()) {
+    names += std::string(", ") + backend_cuda.name;
+  }
+  throw std::invalid_argument("backend: no backend '" + name + "' on this machine" + why +
+                              "; available: " + names);
 }
 
 // Null until first use: a bad BNEXT_BACKEND must be an exception that a caller can catch, not the
 // end of the process while it loads.
 std::atomic<const Backend*> current{nullptr};
-
-}  // namespace
 
 const Backend& current_backend() {
   const Backend* backend = current.load(std::memory_order_acquire);
@@ -65,9 +75,16 @@ const Backend& current_backend() {
   return *backend;
 }
 
+}  // namespace
+
+const Backend& backend_for(const Device& device) {
+  return device.kind == DeviceKind::cuda ? backend_cuda : current_backend();
+}
+
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> list;
   for (const Row& row : rows()) list.push_back({row.backend->name, row.available});
+  list.push_back({backend_cuda.name, cuda_available()});
   return list;
 }
 
@@ -77,6 +94,10 @@ std::string backend() {
 
 void set_backend(const std::string& name) {
   current.store(find(name), std::memory_order_release);
+}
+
+std::string cuda_unavailable_reason() {
+  return cuda::unavailable_reason();
 }
 
 std::string version() {

@@ -79,7 +79,7 @@ void make_span(const DropoutDraw& draw, std::int64_t number, float* z) {
 
 void gaussian_dropout_noise(double p, const DropoutDraw& draw, std::int64_t first,
                             std::int64_t count, float* noise) {
-  const Check check("gaussian_dropout_noise");
+  const Check check("gaussian_dropout_noise", {});
   if (!(p >= 0 && p < 1)) check.fail("p", "expected a probability in [0, 1), got " + to_string(p));
   if (first < 0 || count < 0) check.fail("shape", "expected no negative extent");
   const auto deviation = static_cast<float>(std::sqrt(p / (1 - p)));

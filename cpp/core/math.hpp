@@ -2,11 +2,7 @@
 // set must not offer its version of an inline function to the linker for everybody.
 #pragma once
 
-#if defined(__CUDACC__)
-#define BNEXT_HD __host__ __device__
-#else
-#define BNEXT_HD
-#endif
+#include "core/host_device.hpp"
 
 namespace bnext {
 
@@ -92,10 +88,22 @@ BNEXT_HD static inline X apply(const GradAffine<T>& f, X g, X x) {
   return f.g_scale * (g - f.g_mean) + f.x_scale * (x - f.x_mean) + f.shift;
 }
 
+// What the gradients go by: n = (v - center) scale, v being x or, `from_result`, the result without
+// its activation. With a weight that makes up for it, the gradient has one form.
+struct Centered {
+  double center, scale, weight;
+};
+
+BNEXT_HD static inline Centered centered(bool from_result, double mean, double inv_std,
+                                         double weight, double bias) {
+  if (from_result) return {bias, 1 / weight, weight * weight * inv_std};
+  return {mean, inv_std, weight};
+}
+
 // exp(x), of a number, or of each of a vector of them to a few units in the last place: infinite
 // from where 1 + exp(x) no longer differs from exp(x) in any way that a sigmoid could show (above
 // 88 and 708), zero below the smallest normal number. NaN stays NaN.
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(BNEXT_CUDA_EMULATED)
 BNEXT_HD static inline float exponential(float x) {
   return expf(x);
 }

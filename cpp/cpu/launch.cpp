@@ -169,13 +169,12 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const auto apply_grad = kernels.apply_grad[path];
   const auto count = static_cast<double>(a.problem.per_channel());
 
-  // n = (v - center) scale of what the loops go by: x, or the result without its activation. With a
-  // weight that makes up for it, the gradient has one form.
   for (std::int64_t c = 0; c < channels; ++c) {
     const double w = value_or<T>(a.weight, c, 1), b = value_or<T>(a.bias, c, 0);
-    center[c] = a.from_result ? b : a.mean[c];
-    scale[c] = a.from_result ? 1 / w : a.inv_std[c];
-    weight[c] = a.from_result ? w * w * a.inv_std[c] : w;
+    const Centered by = centered(a.from_result, a.mean[c], a.inv_std[c], w, b);
+    center[c] = by.center;
+    scale[c] = by.scale;
+    weight[c] = by.weight;
     forward[c] =
         a.from_result ? Affine<T>{0, 1, 0} : normalisation<T>(a.mean[c], a.inv_std[c], w, b);
   }

@@ -64,6 +64,6 @@ void run(const Args& args) {
 #define BNEXT_ROW(op, args) {BNEXT_DTYPES(BNEXT_LAUNCHER_FOR_DTYPE)},
 
 extern const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID);
-const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID){BNEXT_ISA_NAME, BNEXT_OPS(BNEXT_ROW)};
+const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID){BNEXT_ISA_NAME, DeviceKind::cpu, BNEXT_OPS(BNEXT_ROW)};
 
 }  // namespace bnext

@@ -53,15 +53,16 @@ def show_config() -> None:
     """Print the version, the backends compiled and in use, the threads, the cache and OpenMP."""
     in_use = _core.backend()
     backends = [
-        name + (" (in use)" if name == in_use else "" if available else " (not on this processor)")
+        name + (" (in use)" if name == in_use else "" if available else " (not on this machine)")
         for name, available in _core.backends()
     ]
+    why_not = _core.cuda_unavailable_reason()
     print(f"bnext     {__version__}")
     print(f"backends  {', '.join(backends)}")
     print(f"threads   {get_num_threads()}")
     print(f"cache     {_core.cache_bytes() / 2**20:.1f} MiB")
     print(f"OpenMP    {'yes' if _core.has_openmp() else 'no'}")
-    print("CUDA      not compiled")
+    print(f"CUDA      {why_not or 'yes'}")
 
 
 # A child of fork has none of its parent's worker threads, and would wait for them.

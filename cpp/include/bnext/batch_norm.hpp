@@ -8,7 +8,9 @@
 // m is the number of values per channel, r = 1 / sqrt(var + eps), n = (x - mean) r.
 //
 // Errors: std::invalid_argument for shapes, values and overlapping memory, DTypeError for dtypes.
-// They are thrown before anything is written. An output may be the very array that is read
+// They are thrown before anything is written. All arrays of a call are of one device; what needs
+// their values (var < 0, a weight of 0 with from_result) is not checked in the memory of a GPU.
+// An output may be the very array that is read
 // (y = x, grad_x = grad_y), but may not overlap any array in another way.
 // Results do not depend on the number of threads, nor on the instruction set.
 #pragma once
@@ -53,6 +55,7 @@ struct BatchNormForward {
   Array mean;     // out, (C,) float64
   Array var;      // out, (C,) float64: sum (x - mean)^2 / m
   Array inv_std;  // out, (C,) float64: r
+  Stream stream = nullptr;
 };
 void batch_norm_forward(const BatchNormForward& args);
 // With a dropout that takes the generator's next offset, and not args.draw, and says which it was.
@@ -87,6 +90,7 @@ struct BatchNormBackward {
   Array grad_residual;  // out, like x, optional
   Array grad_weight;    // out, (C,), optional
   Array grad_bias;      // out, (C,), optional
+  Stream stream = nullptr;
 };
 void batch_norm_backward(const BatchNormBackward& args);
 
@@ -103,6 +107,7 @@ struct BatchNormInference {
   Activation activation = Activation::none;
   double negative_slope = 0.01;
   Array y;  // out, like x
+  Stream stream = nullptr;
 };
 void batch_norm_inference(const BatchNormInference& args);
 

@@ -14,6 +14,9 @@ namespace bnext {
 struct DropoutDraw {
   std::uint64_t seed = 0;
   std::uint64_t offset = 0;
+  // For arrays of a GPU: if not null, the seed is read there, in its memory, when the operation
+  // runs. So a captured CUDA graph draws other masks each time, if the graph also sets it.
+  const std::uint64_t* device_seed = nullptr;
 };
 
 // y = x / (1 - p) where element i is kept, 0 where it is dropped.
@@ -36,9 +39,11 @@ struct DropoutForward {
   Array y;                // out, like x
   Shape mask_shape = {};  // optional: that of x
   bool alpha = false;
+  Stream stream = nullptr;
 };
 // Takes the generator's next offset, unless p is 0, and says which it was.
 DropoutDraw dropout_forward(const DropoutForward& args, Generator& generator);
+void dropout_forward(const DropoutForward& args, const DropoutDraw& draw);
 
 // grad_x = grad_y / (1 - p) (alpha: a grad_y) where forward kept the element, 0 where it dropped
 // it.
@@ -49,6 +54,7 @@ struct DropoutBackward {
   Array grad_x;           // out, like grad_y
   Shape mask_shape = {};  // as in forward
   bool alpha = false;
+  Stream stream = nullptr;
 };
 void dropout_backward(const DropoutBackward& args);
 

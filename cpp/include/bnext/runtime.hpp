@@ -9,10 +9,12 @@ namespace bnext {
 
 struct BackendInfo {
   std::string name;
-  bool available;  // this processor can run it
+  bool available;  // this machine can run it
 };
 
-// Every backend that was compiled, best last.
+// Every backend: those of the processor that were compiled, best last, and then "cuda". Arrays of
+// a GPU are always for that one. Where it is set for arrays in main memory, they are copied to the
+// GPU and back: a check of results, not a way to be fast. It is never the default.
 std::vector<BackendInfo> backends();
 
 // The backend in use: the best one available, or the one that BNEXT_BACKEND named at load.
@@ -33,6 +35,9 @@ void set_num_threads(int n);  // n >= 1, else std::invalid_argument
 std::int64_t cache_bytes();
 
 bool has_openmp();
+
+// Why "cuda" is not available: not compiled, no driver, no device; empty if it is.
+std::string cuda_unavailable_reason();
 
 // Lets a forked child use threads again: call in the parent, before fork.
 void pause_threads();

@@ -48,6 +48,26 @@ class DTypeError : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// A device, or its driver, cannot do what it was asked for. That it has no memory left is a
+// std::bad_alloc.
+class DeviceError : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Where memory is: main memory, or that of a GPU.
+enum class DeviceKind { cpu, cuda };
+struct Device {
+  DeviceKind kind = DeviceKind::cpu;
+  int index = 0;
+
+  bool operator==(const Device& other) const { return kind == other.kind && index == other.index; }
+  bool operator!=(const Device& other) const { return !(*this == other); }
+};
+
+// Operations on arrays of a GPU run on this of its streams, a cudaStream_t, and return before they
+// are done: whoever reads results from elsewhere waits for the stream, as usual with CUDA.
+using Stream = void*;
+
 using Shape = std::vector<std::int64_t>;
 
 // A C-contiguous array that somebody else owns and keeps alive during the call.
@@ -57,6 +77,7 @@ struct Array {
   DType dtype = DType::float32;
   Shape shape;
   bool given = false;
+  Device device = {};
 
   Array() = default;
   Array(void* data_, DType dtype_, Shape shape_)

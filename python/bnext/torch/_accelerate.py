@@ -130,7 +130,8 @@ def _reason_to_keep(module: nn.Module) -> str:
     if "forward" in module.__dict__:
         return "its forward method was replaced"
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type != "cpu":
+        on_gpu = tensor.device.type == "cuda" and _bridge.gpu_available()
+        if tensor.device.type != "cpu" and not on_gpu:
             return f"on {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype not in _bridge.DTYPES:
             return f"of {tensor.dtype}"

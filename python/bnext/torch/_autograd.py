@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnext import _core
 from bnext.torch import _bridge
 from bnext.torch._bridge import Drop, Norm
 
@@ -44,7 +43,7 @@ class BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-        seed: int | None,
+        seed: _bridge.Seed,
         norm: Norm,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.norm, ctx.seed = norm, seed
@@ -96,7 +95,7 @@ class BatchNorm(torch.autograd.Function):
 def _composed_gradients(
     ctx: Any,
     grad_y: Tensor,
-    core: _core.BatchNormSaved,
+    core: _bridge.NormSaved,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -153,7 +152,7 @@ class Dropout(torch.autograd.Function):
     """x with elements or channels dropped; in place, x itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: int, drop: Drop, in_place: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seed: _bridge.Seed, drop: Drop, in_place: bool) -> Tensor:
         y, ctx.core = _bridge.dropout_forward(x, seed, drop, in_place)
         ctx.last, ctx.shape = drop.last, x.shape
         if in_place:
@@ -170,7 +169,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, core: _core.DropoutSaved, shape: torch.Size, last: bool
+        ctx: Any, x: Tensor, core: _bridge.DropSaved, shape: torch.Size, last: bool
     ) -> Tensor:
         ctx.core, ctx.shape, ctx.last = core, shape, last
         return _bridge.dropout_backward(x, core, last)
@@ -180,9 +179,9 @@ class _Scaled(torch.autograd.Function):
         return _scaled(grad_y, ctx.core, ctx.shape, ctx.last), None, None, None
 
 
-def _scaled(x: Tensor, core: _core.DropoutSaved, shape: torch.Size, last: bool) -> Tensor:
+def _scaled(x: Tensor, core: _bridge.DropSaved, shape: torch.Size, last: bool) -> Tensor:
     if _is_batched(x):
-        ones = torch.ones(shape, dtype=x.dtype)
+        ones = torch.ones(shape, dtype=x.dtype, device=x.device)
         return x * _bridge.dropout_backward(ones, core, last)
     if torch.is_grad_enabled():
         y: Tensor = _Scaled.apply(x, core, shape, last)

@@ -78,11 +78,11 @@ def _by_batch(
     layer: TorchBatchNorm, x: Tensor, residual: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (x, layer.weight, layer.bias, residual)
-    seed = _bridge.draw_seed() if norm.dropout > 0 else None
+    seed = _bridge.draw_seed(x) if norm.dropout > 0 else None
     if compiling():
         y, mean, var = _library.batch_norm(*tensors, seed, *norm)
         return y, mean.detach(), var.detach()
-    number = None if seed is None else int(seed)
+    number = _bridge.known_seed(seed)
     if _needs_grad(*tensors):
         return _autograd.BatchNorm.apply(*tensors, None, None, number, norm)
     y, saved = _bridge.norm_forward(*tensors, None, None, number, norm)

@@ -6,14 +6,14 @@ every result, and its page faults cost several times what BatchNorm costs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bnext import _core
+from bnext import _core, _device
 
 Array = npt.NDArray[Any]
 
@@ -23,6 +23,9 @@ except ImportError:  # then bfloat16 stays with PyTorch
     _bfloat16 = None
 else:
     _bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+NormSaved = _core.BatchNormSaved | _device.DeviceBatchNormSaved
+DropSaved = _core.DropoutSaved | _device.DeviceDropoutSaved
 
 # Those the core takes.
 DTYPES = {torch.float32, torch.float64, torch.float16} | ({torch.bfloat16} if _bfloat16 else set())
@@ -40,6 +43,10 @@ ACTIVATIONS = {
 
 # Activations whose gradient needs one bit of an element only.
 GATED = {"relu", "leaky_relu", "relu6"}
+
+
+# Of a mask: a number, or a number in the memory of a GPU.
+Seed: TypeAlias = int | Tensor | None
 
 
 class Norm(NamedTuple):
@@ -147,9 +154,46 @@ def follow_threads() -> None:
         _core.set_num_threads(threads)
 
 
-def draw_seed() -> Tensor:
-    """Of a mask, from PyTorch's default generator for the CPU: it moves as for any random op."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+def draw_seed(x: Tensor) -> Tensor:
+    """Of a mask, from PyTorch's default generator for x's device: it moves as for any random op."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+
+
+def known_seed(seed: Tensor | None) -> Seed:
+    """As operations take it. One on a GPU stays there: nothing waits for it, and a captured graph,
+    in which PyTorch draws a new one each time, gets a new mask each time.
+    """
+    return seed if seed is None or on_gpu(seed) else int(seed)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether it is for the CUDA backend."""
+    return bool(x.is_cuda)
+
+
+def gpu_available() -> bool:
+    return not _core.cuda_unavailable_reason()
+
+
+def _laid_out(x: Tensor | None, last: bool) -> Tensor | None:
+    """As `to_array`, on a GPU."""
+    return None if x is None else (_to_last(x) if last else x).detach().contiguous()
+
+
+def _gpu_parameter(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.detach().to(parameter_dtype(dtype))
+
+
+def _gpu_draw(seed: Seed) -> _device.Draw | None:
+    if seed is None or isinstance(seed, int):
+        return None if seed is None else _device.Draw(seed, 0)
+    # The core knows no integers; it takes the bits.
+    view = _device.view_of_tensor(seed.view(torch.float64))
+    return _device.Draw(0, 0, view)
+
+
+def _from_gpu(y: Tensor, last: bool) -> Tensor:
+    return _to_first(y).detach() if last else y
 
 
 # -- operations ------------------------------------------------------------------------------------
@@ -160,11 +204,14 @@ def norm_forward(
     residual: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
-    seed: int | None,
+    seed: Seed,
     norm: Norm,
-) -> tuple[Tensor, _core.BatchNormSaved]:
+) -> tuple[Tensor, NormSaved]:
     """By the statistics of x, or by `mean` and `var`; and what backward needs."""
+    if on_gpu(x):
+        return _gpu_norm_forward(x, weight, bias, residual, mean, var, seed, norm)
     follow_threads()
+    assert not isinstance(seed, Tensor)
     affine = [_parameter(value, x.dtype) for value in (weight, bias)]
     options = {"eps": norm.eps, "residual": _optional(residual, norm.last), **norm.options}
     array = to_array(x, norm.last)
@@ -183,6 +230,31 @@ def norm_forward(
     return to_tensor(y, norm.last), saved
 
 
+def _gpu_norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    seed: Seed,
+    norm: Norm,
+) -> tuple[Tensor, NormSaved]:
+    data, added = _laid_out(x, norm.last), _laid_out(residual, norm.last)
+    m, v, w, b = (_gpu_parameter(value, x.dtype) for value in (mean, var, weight, bias))
+    axis, activation, slope = norm.options.values()
+    if m is None:
+        y, saved = _device.batch_norm_forward(
+            data, w, b, norm.eps, axis, added, activation, slope, norm.dropout,
+            _gpu_draw(seed), None,
+        )  # fmt: skip
+    else:
+        y, saved = _device.batch_norm_inference_forward(
+            data, m, v, w, b, norm.eps, axis, added, activation, slope, None
+        )
+    return _from_gpu(y, norm.last), saved
+
+
 def norm_inference(
     x: Tensor,
     weight: Tensor | None,
@@ -193,6 +265,14 @@ def norm_inference(
     norm: Norm,
 ) -> Tensor:
     """By the statistics `mean` and `var`, with nothing kept."""
+    if on_gpu(x):
+        m, v, w, b = (_gpu_parameter(value, x.dtype) for value in (mean, var, weight, bias))
+        axis, activation, slope = norm.options.values()
+        added = _laid_out(residual, norm.last)
+        z = _device.batch_norm_inference(
+            _laid_out(x, norm.last), m, v, w, b, norm.eps, axis, added, activation, slope, None
+        )
+        return _from_gpu(z, norm.last)
     follow_threads()
     y = _core.batch_norm_inference(
         to_array(x, norm.last),
@@ -208,12 +288,22 @@ def norm_inference(
 
 
 def norm_backward(
-    grad_y: Tensor, saved: _core.BatchNormSaved, norm: Norm
+    grad_y: Tensor, saved: NormSaved, norm: Norm
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and residual, None for those that were not there.
 
     That of the residual may be `grad_y` itself.
     """
+    if isinstance(saved, _device.DeviceBatchNormSaved):
+        there = _laid_out(grad_y, norm.last)
+        found = _device.batch_norm_backward(there, saved, None)
+        passed_on = found.residual is there
+        return (
+            _from_gpu(found.x, norm.last),
+            found.weight,
+            found.bias,
+            grad_y if passed_on else _optional_from_gpu(found.residual, norm.last),
+        )
     follow_threads()
     g = to_array(grad_y, norm.last)
     grads = _core.batch_norm_backward(g, saved)
@@ -230,12 +320,18 @@ def norm_backward(
     )
 
 
-def moments(saved: _core.BatchNormSaved) -> tuple[Tensor, Tensor]:
+def _optional_from_gpu(y: Tensor | None, last: bool) -> Tensor | None:
+    return None if y is None else _from_gpu(y, last)
+
+
+def moments(saved: NormSaved) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a batch."""
+    if isinstance(saved, _device.DeviceBatchNormSaved):
+        return saved.mean, saved.var
     return torch.from_numpy(saved.mean), torch.from_numpy(saved.var)
 
 
-def _mask_shape(array: Array, drop: Drop) -> tuple[int, ...] | None:
+def _mask_shape(array: Array | Tensor, drop: Drop) -> tuple[int, ...] | None:
     if not drop.by_channel:
         return None
     shape = [1] * array.ndim
@@ -245,10 +341,18 @@ def _mask_shape(array: Array, drop: Drop) -> tuple[int, ...] | None:
 
 
 def dropout_forward(
-    x: Tensor, seed: int, drop: Drop, in_place: bool = False
-) -> tuple[Tensor, _core.DropoutSaved]:
+    x: Tensor, seed: Seed, drop: Drop, in_place: bool = False
+) -> tuple[Tensor, DropSaved]:
     """As `drop` says; `in_place` needs an x that lies as `drop.last` says, and returns it."""
+    if on_gpu(x):
+        there = _laid_out(x, drop.last)
+        assert there is not None
+        run = _device.alpha_dropout_forward if drop.alpha else _device.dropout_forward
+        out = there if in_place else None
+        z, kept = run(there, drop.p, _mask_shape(there, drop), _gpu_draw(seed), out)
+        return x if in_place else _from_gpu(z, drop.last), kept
     follow_threads()
+    assert isinstance(seed, int)
     array = to_array(x, drop.last)
     operation = _core.alpha_dropout_forward if drop.alpha else _core.dropout_forward
     y, saved = operation(
@@ -261,7 +365,9 @@ def dropout_forward(
     return x if in_place else to_tensor(y, drop.last), saved
 
 
-def dropout_backward(grad_y: Tensor, saved: _core.DropoutSaved, last: bool) -> Tensor:
+def dropout_backward(grad_y: Tensor, saved: DropSaved, last: bool) -> Tensor:
     """grad_y times the factors that forward used."""
+    if isinstance(saved, _device.DeviceDropoutSaved):
+        return _from_gpu(_device.dropout_backward(_laid_out(grad_y, last), saved, None), last)
     follow_threads()
     return to_tensor(_core.dropout_backward(to_array(grad_y, last), saved), last)

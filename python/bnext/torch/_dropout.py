@@ -35,12 +35,13 @@ class _Dropout(_DropoutNd):
         if self.inplace and (compiling() or not dense):
             return super().forward(input)
         drop = Drop(self.p, last, self._by_channel, self._alpha)
-        seed = _bridge.draw_seed()
+        seed = _bridge.draw_seed(input)
         if compiling():
             return _library.dropout(input, seed, *drop)
+        number = _bridge.known_seed(seed)
         if self.inplace or (torch.is_grad_enabled() and input.requires_grad):
-            return _autograd.Dropout.apply(input, int(seed), drop, self.inplace)
-        return _bridge.dropout_forward(input, int(seed), drop)[0]
+            return _autograd.Dropout.apply(input, number, drop, self.inplace)
+        return _bridge.dropout_forward(input, number, drop)[0]
 
     def _in_order_of_memory(self, x: Tensor) -> Tensor:
         """With the axes ordered by their strides, so that those of the result are ordered alike."""

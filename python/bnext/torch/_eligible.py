@@ -18,10 +18,10 @@ def compiling() -> bool:
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether x is a tensor on the CPU and nothing more special."""
+    """Whether x is a tensor where the core has a backend, and nothing more special."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
-        and x.is_cpu
+        and (x.is_cpu or (x.is_cuda and _bridge.gpu_available()))
         and x.layout is torch.strided
         and not x.is_nested
     )
@@ -50,6 +50,7 @@ def are_parameters_for(x: Tensor, *values: Tensor | None) -> bool:
     for value in values:
         if value is not None and not (
             _plain(value)
+            and value.device == x.device
             and (value.dtype is dtype or value.dtype is wide)
             and value.dim() == 1
             and value.shape[0] == channels
@@ -60,4 +61,9 @@ def are_parameters_for(x: Tensor, *values: Tensor | None) -> bool:
 
 def is_like(value: Tensor, x: Tensor) -> bool:
     """Whether a residual fits x."""
-    return _plain(value) and value.dtype is x.dtype and value.shape == x.shape
+    return (
+        _plain(value)
+        and value.device == x.device
+        and value.dtype is x.dtype
+        and value.shape == x.shape
+    )

@@ -13,10 +13,6 @@ from bnext.torch import _bridge
 from bnext.torch._bridge import Drop, Norm
 
 
-def _seed(seed: Tensor | None) -> int | None:
-    return None if seed is None else int(seed)
-
-
 @custom_op("bnext::batch_norm", mutates_args=())
 def batch_norm(
     x: Tensor,
@@ -32,7 +28,8 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and biased variance of the batch. See `bnext.torch._bridge.Norm`."""
     norm = Norm(eps, last, activation, negative_slope, dropout)
-    y, saved = _bridge.norm_forward(x, weight, bias, residual, None, None, _seed(seed), norm)
+    number = _bridge.known_seed(seed)
+    y, saved = _bridge.norm_forward(x, weight, bias, residual, None, None, number, norm)
     return y, *_bridge.moments(saved)
 
 
@@ -72,7 +69,8 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and residual; empty for those that are not there."""
     norm = Norm(eps, last, activation, negative_slope, dropout)
-    saved = _bridge.norm_forward(x, weight, bias, residual, mean, var, _seed(seed), norm)[1]
+    number = _bridge.known_seed(seed)
+    saved = _bridge.norm_forward(x, weight, bias, residual, mean, var, number, norm)[1]
     grad_x, *grads = _bridge.norm_backward(grad_y, saved, norm)
     grad_weight, grad_bias, grad_residual = (
         x.new_empty(0) if grad is None or value is None else grad.to(value.dtype)
@@ -142,7 +140,7 @@ batch_norm_inference.register_autograd(
 @custom_op("bnext::dropout", mutates_args=())
 def dropout(x: Tensor, seed: Tensor, p: float, last: bool, by_channel: bool, alpha: bool) -> Tensor:
     """x with elements or channels dropped. See `bnext.torch._bridge.Drop`."""
-    return _bridge.dropout_forward(x, int(seed), Drop(p, last, by_channel, alpha))[0]
+    return _bridge.dropout_forward(x, _bridge.known_seed(seed), Drop(p, last, by_channel, alpha))[0]
 
 
 @custom_op("bnext::dropout_backward", mutates_args=())
@@ -152,7 +150,7 @@ def dropout_backward(
     """grad_y times the factors that `dropout` used."""
     drop = Drop(p, last, by_channel, alpha)
     # For its `saved`. Without alpha, y is what is sought already.
-    y, saved = _bridge.dropout_forward(grad_y, int(seed), drop)
+    y, saved = _bridge.dropout_forward(grad_y, _bridge.known_seed(seed), drop)
     return _bridge.dropout_backward(grad_y, saved, last) if alpha else y
 
 

@@ -1,0 +1,226 @@
+// The table of the CUDA backend: from checked arguments to launches.
+#include <atomic>
+#include <type_traits>
+
+#include "cuda/backend.hpp"
+#include "cuda/batch_norm.cuh"
+#include "cuda/dropout.cuh"
+#include "cuda/memory.hpp"
+#include "cuda/staging.hpp"
+
+namespace bnext {
+namespace cuda {
+namespace {
+
+constexpr std::int64_t enough_blocks = 2048;
+
+// Kernels whose blocks may take more shared memory than is theirs by default.
+template <auto kernel>
+void allow_shared(std::size_t bytes, int device) {
+  constexpr std::size_t by_default = 48 << 10;
+  static std::atomic<std::uint64_t> allowed{0};  // a bit for each device
+  const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
+  if (bytes <= by_default || (allowed.load() & bit) != 0) return;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(limits_of(device).shared_bytes + 1024)),
+        "asking for shared memory");
+  allowed |= bit;
+}
+
+template <auto kernel, class... Args>
+void start(const Place& place, std::int64_t blocks, int threads, std::size_t shared, int cluster,
+           const Args&... args) {
+  allow_shared<kernel>(shared, place.device);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(place.stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
+}
+
+bool aligned(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers)
+    if (reinterpret_cast<std::uintptr_t>(p) % access_bytes != 0) return false;
+  return true;
+}
+
+bool is_plain(const Fusion& f, const void* grad_residual = nullptr) {
+  return f.residual == nullptr && f.dropout.threshold == 0 && f.passes == nullptr && !f.inverted &&
+         grad_residual == nullptr &&
+         (f.activation == Activation::none || f.activation == Activation::relu);
+}
+
+template <class S, class Op>
+constexpr std::size_t columns_bytes =
+    width_of<S> * (sizeof(Sums) * block_threads > sizeof(typename Op::Coefficients) * warp_threads
+                       ? sizeof(Sums) * block_threads
+                       : sizeof(typename Op::Coefficients) * warp_threads);
+
+template <class S, class Op, bool plain>
+void write_only(const Place& place, const Plan& plan, const Op& op, const Meeting& meeting) {
+  if (plan.path == Path::rows)
+    start<write_rows<S, Op, plain>>(place, plan.problem.c * plan.chunks, plan.threads,
+                                    sizeof(typename Op::Coefficients), 1, op, plan, meeting);
+  else
+    start<columns<S, Op, plain>>(place, plan.tiles * plan.chunks, plan.threads,
+                                 columns_bytes<S, Op>, 1, op, plan, meeting, false, true);
+}
+
+// Sums, and then what follows from them.
+template <class S, class Op, bool plain>
+void sum_and_write(const Place& place, const Plan& plan, const Op& op, const Meeting& meeting) {
+  constexpr std::size_t warps_bytes = sizeof(Sums) * (most_threads / warp_threads);
+  // The sums of forward come before everything that follows the normalisation.
+  constexpr bool plain_sums = plain || std::is_same<Op, Forward<S>>::value;
+  switch (plan.path) {
+    case Path::resident:
+      start<resident<S, Op, plain>>(place, plan.problem.c * plan.cluster, plan.threads,
+                                    static_cast<std::size_t>(plan.shared_bytes) + warps_bytes +
+                                        sizeof(Sums) + sizeof(typename Op::Coefficients),
+                                    plan.cluster, op, plan, meeting);
+      return;
+    case Path::columns_once:
+      start<columns<S, Op, plain>>(place, plan.tiles, plan.threads, columns_bytes<S, Op>, 1, op,
+                                   plan, meeting, true, true);
+      return;
+    case Path::rows:
+      start<sum_rows<S, Op, plain_sums>>(place, plan.problem.c * plan.chunks, plan.threads,
+                                         warps_bytes, 1, op, plan, meeting);
+      break;
+    case Path::columns:
+      start<columns<S, Op, plain_sums>>(place, plan.tiles * plan.chunks, plan.threads,
+                                        columns_bytes<S, Op>, 1, op, plan, meeting, true, false);
+      break;
+  }
+  write_only<S, Op, plain>(place, plan, op, meeting);
+}
+
+std::int64_t mask_bytes(std::int64_t size) {
+  return (size + mask_tile - 1) / mask_tile * mask_words * 4;
+}
+
+// Workspace of an operation, with the bits of its dropout where it has one.
+struct Scratch {
+  Workspace workspace;
+  Meeting meeting;
+  std::uint32_t* kept;
+
+  Scratch(const Place& place, const Plan& plan, std::int64_t totals, std::int64_t masked)
+      : workspace(place,
+                  Workspace::bytes<Sums>(plan.partials) + Workspace::bytes<Sums>(totals) +
+                      Workspace::bytes<std::uint8_t>(mask_bytes(masked)),
+                  static_cast<std::size_t>(plan.tickets) * sizeof(unsigned)) {
+    meeting.tickets = workspace.take<unsigned>(static_cast<std::int64_t>(
+        std::max(Workspace::zeros, static_cast<std::size_t>(plan.tickets) * 4) / 4));
+    meeting.partials = workspace.take<Sums>(plan.partials);
+    meeting.totals = workspace.take<Sums>(totals);
+    kept = workspace.take<std::uint32_t>(mask_bytes(masked) / 4);
+  }
+};
+
+void draw(const Place& place, const MaskDraw& mask, std::int64_t size, std::uint32_t* words) {
+  constexpr std::int64_t per_block = block_threads / warp_threads * mask_tile;
+  start<draw_mask>(place, std::min(enough_blocks, blocks_for(size, per_block)), block_threads, 0, 1,
+                   mask, size, words);
+}
+
+// The bits of dropout, for kernels to find.
+void note_mask(const Place& place, Fusion& fusion, std::int64_t size, std::uint32_t* words) {
+  if (fusion.dropout.threshold == 0) return;
+  draw(place, fusion.dropout, size, words);
+  fusion.kept = reinterpret_cast<std::uint8_t*>(words);
+}
+
+template <class S>
+void on_device(const BatchNormForwardArgs& args) {
+  const DeviceGuard guard(args.place.device);
+  const Plan plan = make_plan(args.problem, sizeof(S), 1, limits_of(args.place.device));
+  Forward<S> op{args, nullptr, nullptr, aligned({args.x, args.y, args.fusion.residual})};
+  op.a.problem = plan.problem;
+  const std::int64_t size = plan.problem.size();
+  const Scratch scratch(args.place, plan, 0, args.fusion.dropout.threshold > 0 ? size : 0);
+  note_mask(args.place, op.a.fusion, size, scratch.kept);
+  if (args.fusion.passes != nullptr)
+    check(cudaMemsetAsync(args.fusion.passes, 0, static_cast<std::size_t>(passes_bytes(size)),
+                          static_cast<cudaStream_t>(args.place.stream)),
+          "clearing memory");
+  if (is_plain(args.fusion))
+    sum_and_write<S, Forward<S>, true>(args.place, plan, op, scratch.meeting);
+  else
+    sum_and_write<S, Forward<S>, false>(args.place, plan, op, scratch.meeting);
+}
+
+template <class S>
+void on_device(const BatchNormBackwardArgs& args) {
+  const DeviceGuard guard(args.place.device);
+  const Plan plan = make_plan(args.problem, sizeof(S), 2, limits_of(args.place.device));
+  Backward<S> op{
+      args, aligned({args.grad_y, args.x, args.grad_x, args.fusion.residual, args.grad_residual})};
+  op.a.problem = plan.problem;
+  const std::int64_t size = plan.problem.size();
+  const Scratch scratch(args.place, plan, plan.problem.c,
+                        args.fusion.dropout.threshold > 0 ? size : 0);
+  note_mask(args.place, op.a.fusion, size, scratch.kept);
+  if (is_plain(args.fusion, args.grad_residual))
+    sum_and_write<S, Backward<S>, true>(args.place, plan, op, scratch.meeting);
+  else
+    sum_and_write<S, Backward<S>, false>(args.place, plan, op, scratch.meeting);
+}
+
+template <class S>
+void on_device(const BatchNormInferenceArgs& args) {
+  const DeviceGuard guard(args.place.device);
+  const Plan plan = make_plan(args.problem, sizeof(S), 1, {0, 1});  // there is nothing to sum
+  const Forward<S> op{{plan.problem, args.x, args.weight, args.bias, args.eps, args.fusion, args.y,
+                       nullptr, nullptr, nullptr, args.place},
+                      args.mean,
+                      args.var,
+                      aligned({args.x, args.y, args.fusion.residual})};
+  if (is_plain(args.fusion))
+    write_only<S, Forward<S>, true>(args.place, plan, op, {});
+  else
+    write_only<S, Forward<S>, false>(args.place, plan, op, {});
+}
+
+template <class S>
+void on_device(const DropoutArgs& args) {
+  const DeviceGuard guard(args.place.device);
+  const bool wide = aligned({args.x, args.y});
+  constexpr std::int64_t per_block = block_threads * 4 * width_of<S>;
+  const std::int64_t blocks = std::min(4 * enough_blocks, blocks_for(args.size, per_block));
+  if (!args.map.shares()) {
+    start<dropout<S>>(args.place, blocks, block_threads, 0, 1, args,
+                      static_cast<const std::uint32_t*>(nullptr), wide);
+    return;
+  }
+  const std::int64_t bits = args.size / (args.map.repeats * args.map.run);
+  const Scratch scratch(args.place, Plan{}, 0, bits);
+  draw(args.place, args.draw, bits, scratch.kept);
+  start<dropout<S>>(args.place, blocks, block_threads, 0, 1, args,
+                    static_cast<const std::uint32_t*>(scratch.kept), wide);
+}
+
+template <class S, class Args>
+void run(const Args& args) {
+  if (args.place.device >= 0)
+    on_device<S>(args);
+  else
+    staged<S>(args, [](const Args& there) { on_device<S>(there); });
+}
+
+}  // namespace
+}  // namespace cuda
+
+#define BNEXT_LAUNCHER(name, type, compute) cuda::run<type>,
+#define BNEXT_ROW(op, args) {BNEXT_DTYPES(BNEXT_LAUNCHER)},
+const Backend backend_cuda{"cuda", DeviceKind::cuda, BNEXT_OPS(BNEXT_ROW)};
+
+}  // namespace bnext
