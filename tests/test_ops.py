@@ -39,8 +39,12 @@ def assert_close(actual, expected, unit=1.0):
 
 def check_against_reference(x, weight, bias, options):
     expected = reference.BatchNorm(x, weight, bias, **options)
+    # A mean is rounded to float64, here and there, which moves normalized values by up to 2 eps |mean|
+    # r: it shows where the values are float64, too. In units of the tolerance:
+    rounding = 2 * np.finfo(np.float64).eps * np.abs(expected._wide(expected.mean)) * expected.r
+    ill = 1 + rounding / TOLERANCE[x.dtype]
     y, saved = F.batch_norm_forward(x, weight, bias, **options)
-    assert_close(y, expected.y)
+    assert_close(y, expected.y, ill)
     assert_close(saved.mean, expected.mean)
     assert_close(saved.var, expected.var)
     assert saved.count == x.size // max(1, saved.mean.size)
@@ -53,8 +57,8 @@ def check_against_reference(x, weight, bias, options):
     if options["activation"] is None or away.all():
         grad_x, grad_weight, grad_bias = expected.backward(grad_y)
         unit = np.maximum(1, np.abs(expected.scale * expected.r) * np.abs(grad_y).max(initial=0))
-        assert_close(grads.x, grad_x, unit)
-        size = np.sqrt(saved.count)
+        assert_close(grads.x, grad_x, unit * ill)
+        size = np.sqrt(saved.count) * ill.max(initial=1)
         for actual, wanted, given_ in (
             (grads.weight, grad_weight, weight),
             (grads.bias, grad_bias, bias),
@@ -65,7 +69,7 @@ def check_against_reference(x, weight, bias, options):
 
     inference = reference.BatchNorm(x, weight, bias, mean=saved.mean, var=saved.var, **options)
     y = F.batch_norm_inference(x, saved.mean, saved.var, weight, bias, **options)
-    assert_close(y, inference.y)
+    assert_close(y, inference.y, ill)
 
 
 # The others meet all kinds of kernels in test_fused.py.
