@@ -39,8 +39,8 @@ def assert_close(actual, expected, unit=1.0):
 
 def check_against_reference(x, weight, bias, options):
     expected = reference.BatchNorm(x, weight, bias, **options)
-    # A mean is rounded to float64, here and there, which moves normalized values by up to 2 eps |mean|
-    # r: it shows where the values are float64, too. In units of the tolerance:
+    # A mean is rounded to float64, here and there, which moves normalized values by 2 eps |mean| r
+    # at most: it shows where the values are float64, too. In units of the tolerance:
     rounding = 2 * np.finfo(np.float64).eps * np.abs(expected._wide(expected.mean)) * expected.r
     ill = 1 + rounding / TOLERANCE[x.dtype]
     y, saved = F.batch_norm_forward(x, weight, bias, **options)
