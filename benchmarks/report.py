@@ -235,7 +235,7 @@ def plot(cpp: dict, ops: dict, path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cpp", help="JSON of bnext_bench")
-    parser.add_argument("ops", help="JSON of ops.py")
+    parser.add_argument("ops", nargs="?", help="JSON of ops.py; without, its tables stay")
     parser.add_argument("--variants", nargs="+", default=[], help="JSON of bnext_bench")
     parser.add_argument("--dtypes", nargs="+", default=[], help="JSON of bnext_bench")
     parser.add_argument("--dtype-ops", nargs="+", default=[], help="JSON of ops.py")
@@ -243,15 +243,17 @@ def main() -> None:
     parser.add_argument("--plot", help="the picture to draw")
     options = parser.parse_args()
 
-    (facts, cpp), (_, ops) = load(options.cpp), load(options.ops)
+    facts, cpp = load(options.cpp)
+    ops_files = [options.ops] if options.ops else []
+    ops = load(options.ops)[1] if options.ops else {}
     tables = {
         "beyond": speed_table(facts, cpp, beyond=True),
         "within": speed_table(facts, cpp, beyond=False),
         "variants": variant_table(options.variants),
         "fused": fused_table(facts, cpp),
         "dtypes": dtype_table(options.dtypes),
-        "peers": peer_table([options.ops], lambda op: op in OPS),
-        "fused peers": peer_table([options.ops], lambda op: op not in OPS),
+        "peers": peer_table(ops_files, lambda op: op in OPS),
+        "fused peers": peer_table(ops_files, lambda op: op not in OPS),
         "dtype peers": peer_table(options.dtype_ops, lambda op: True),
         "cases": case_table(cpp),
     }
