@@ -38,8 +38,7 @@ constexpr std::int32_t dl_cuda = 2, dl_cuda_managed = 13;
 constexpr std::uint8_t dl_float = 2, dl_bfloat = 4;
 constexpr const char *dl_name = "dltensor", *dl_used_name = "used_dltensor";
 
-// -- arrays
-// ----------------------------------------------------------------------------------------
+// -- arrays ---------------------------------------------------------------------------------------
 
 // Memory of a GPU that is ours.
 struct Memory {
@@ -166,8 +165,7 @@ py::dict array_interface(const DeviceArray& a) {
   return interface;
 }
 
-// -- operations
-// ------------------------------------------------------------------------------------
+// -- operations -----------------------------------------------------------------------------------
 
 Array optional(const DeviceArray* array) {
   return array != nullptr ? array->array : Array();

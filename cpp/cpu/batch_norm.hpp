@@ -373,7 +373,7 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
           tail.run(offset, runs.length, runs.number(b, c), runs.ahead_backwards(residual, b));
       auto summed = next.run(runs.blocks - 1 - b, c);
       shared.continues = runs.lines_continue<S>(c);
-      write<1, Tail::much>(
+      write<1, !Tail::plain>(
           y + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return f; },
           [&](const auto& affine, auto at, int)
               __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
@@ -445,10 +445,10 @@ class GradTile {
 
    private:
     BNEXT_INLINE void add(std::int64_t count) {
-      if constexpr (Tail::much)
-        add_once(count);
-      else
+      if constexpr (Tail::plain)
         add_here(count);
+      else
+        add_once(count);
     }
     __attribute__((noinline)) void add_once(std::int64_t count) { add_here(count); }
     BNEXT_INLINE void add_here(std::int64_t count) {
@@ -553,7 +553,7 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
           tail.run(offset, runs.length, runs.number(b, c), runs.ahead_backwards(residual, b));
       auto summed = next.run(runs.blocks - 1 - b, c);
       shared.continues = runs.lines_continue<S>(c);
-      write<1, Tail::much>(
+      write<1, !Tail::plain>(
           grad_x + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return k; },
           [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
             const auto v = run.input(at(values));
@@ -819,7 +819,7 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
         const std::int64_t offset = r * grid.width + columns.first;
         const S* from = x + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
-        write<decltype(rows)::value, Tail::much>(
+        write<decltype(rows)::value, !Tail::plain>(
             y + offset, grid.width, width, grid.streaming, no_shared_line<S>,
             [&](auto at) __attribute__((always_inline)) { return f.at(at); },
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
@@ -923,7 +923,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
         const std::int64_t offset = r * grid.width + columns.first;
         S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
-        write<decltype(rows)::value, Tail::much>(
+        write<decltype(rows)::value, !Tail::plain>(
             grad_x + offset, grid.width, width, grid.streaming, no_shared_line<S>,
             [&](auto at) __attribute__((always_inline)) {
               return BothAffine<decltype(f.at(at)), decltype(k.at(at))>{f.at(at), k.at(at)};
@@ -946,7 +946,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
 // Loops that would take too much code if they also made the next sums on their way: those are made
 // after them.
 template <class S, class Tail>
-constexpr bool sums_after = compact || (Tail::much && sizeof(S) == 8);
+constexpr bool sums_after = compact || (!Tail::plain && sizeof(S) == 8);
 
 template <class S>
 void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,

@@ -3,6 +3,7 @@
 
 #include "core/args.hpp"
 #include "core/philox.hpp"
+#include "cpu/launch.hpp"
 #include "cpu/simd.hpp"
 
 namespace bnext {
@@ -204,9 +205,6 @@ class SharedBits {
   std::uint32_t words_[Mask::batch / 32 + 2];  // Bits reads on
 };
 
-// Spans that are taken in one go, at most.
-constexpr std::int64_t most_spans = 256;
-
 template <class S>
 void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
              bool streaming) {
@@ -226,7 +224,7 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
   const Ahead<S> ahead{x + a.size, x};
 
   constexpr std::int64_t batch = SharedBits::Mask::batch;
-  std::uint8_t kept[most_spans * MaskLayout::span / 8 + batch / 8 + 4];  // Bits reads on
+  std::uint8_t kept[dropout_spans * MaskLayout::span / 8 + batch / 8 + 4];  // Bits reads on
   const Bits bits{kept, 0};
   std::int64_t drawn = 0;
   const auto draw = [&]() {

@@ -15,12 +15,11 @@ namespace {
 constexpr std::int64_t longest_run = 16384;
 
 // An activation alone. `linear`: gradients pass as they are. `plain`: a run has nothing of its own.
-// `much`: it takes so much code that there should be few copies of it.
 template <class S, class Epilogue>
 class Plain {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = Epilogue::linear, plain = true, much = false;
+  static constexpr bool linear = Epilogue::linear, plain = true;
 
   explicit Plain(const Fusion& f) : slope_(static_cast<T>(f.negative_slope)) {}
 
@@ -84,7 +83,7 @@ template <class S, Mask mask, class Knowledge = Unknown>
 class General {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = false, plain = false, much = true;
+  static constexpr bool linear = false, plain = false;
 
   explicit General(const Fusion& f)
       : fusion_(f),

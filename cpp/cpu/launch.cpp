@@ -232,12 +232,11 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
 template <class S>
 void launch(const DropoutArgs& a, const Kernels<S>& kernels) {
   const bool streaming = worth_streaming(2 * a.size * static_cast<std::int64_t>(sizeof(S)));
-  constexpr std::int64_t spans_per_task = 256;
   const std::int64_t spans = (a.size + MaskLayout::span - 1) / MaskLayout::span;
-  const std::int64_t tasks = (spans + spans_per_task - 1) / spans_per_task;
+  const std::int64_t tasks = (spans + dropout_spans - 1) / dropout_spans;
   parallel_for(tasks, a.size, [&](std::int64_t task) {
-    const std::int64_t first = task * spans_per_task;
-    kernels.dropout(a, first, std::min(first + spans_per_task, spans), streaming);
+    const std::int64_t first = task * dropout_spans;
+    kernels.dropout(a, first, std::min(first + dropout_spans, spans), streaming);
   });
 }
 

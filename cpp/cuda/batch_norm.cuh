@@ -210,8 +210,7 @@ class ChannelSums {
   Sums sums_ = {0, 0};
 };
 
-// -- rows
-// ------------------------------------------------------------------------------------------
+// -- rows -----------------------------------------------------------------------------------------
 
 // Calls body(slots, numbers) for the slots of this thread, `together` at a time.
 template <int together, class Body>
@@ -336,8 +335,7 @@ __global__ void __launch_bounds__(most_threads) resident(Op op, Plan plan, Meeti
   });
 }
 
-// -- columns
-// ---------------------------------------------------------------------------------------
+// -- columns --------------------------------------------------------------------------------------
 
 // Sums of a column of accesses, one for each value of it.
 template <class S, bool plain>

@@ -20,8 +20,7 @@ namespace cuda {
 constexpr int warp_threads = 32;
 constexpr unsigned full_warp = 0xFFFFFFFFu;
 
-// -- threads
-// ---------------------------------------------------------------------------------------
+// -- threads --------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 __device__ inline unsigned char* shared_memory() {
@@ -68,8 +67,7 @@ inline T* of_peer(T* shared, int rank) {
 }
 #endif
 
-// -- numbers
-// ---------------------------------------------------------------------------------------
+// -- numbers --------------------------------------------------------------------------------------
 
 __device__ inline float widen(float x) {
   return x;
@@ -119,8 +117,7 @@ __device__ inline float16 narrow<float16>(float x) {
   return result;
 }
 
-// -- memory
-// ----------------------------------------------------------------------------------------
+// -- memory ---------------------------------------------------------------------------------------
 
 template <class S>
 constexpr int width_of = access_bytes / static_cast<int>(sizeof(S));

@@ -64,8 +64,7 @@ Plan make_plan(const Problem& problem, int item, int tensors, const Limits& limi
 // Blocks of a walk over `size` values, of which one block takes `per_block` at a time.
 std::int64_t blocks_for(std::int64_t size, std::int64_t per_block);
 
-// -- what a thread visits
-// --------------------------------------------------------------------------
+// -- what a thread visits -------------------------------------------------------------------------
 
 // Values [first + begin, first + end) in the order of memory, inside an aligned access at `first`.
 struct Slot {

@@ -38,8 +38,7 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-// -- threads
-// ---------------------------------------------------------------------------------------
+// -- threads --------------------------------------------------------------------------------------
 
 inline dim3 blockDim, gridDim;
 
@@ -247,8 +246,7 @@ inline unsigned atomicOr(unsigned* at, unsigned value) {
   return std::exchange(*at, *at | value);
 }
 
-// -- the runtime
-// -----------------------------------------------------------------------------------
+// -- the runtime ----------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess = 0,
