@@ -208,7 +208,7 @@ struct Runs {
   // What the end of a block is followed by, going forwards.
   template <class T>
   Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
-    if (!grid.fetch_ahead || x == nullptr) return {nullptr, nullptr};
+    if (!grid.streaming || x == nullptr) return {nullptr, nullptr};
     const T* end = x + offset(block, channels - 1) + length;
     return {end, block + 1 < blocks ? x + offset(block + 1, 0) : end};
   }
@@ -227,7 +227,7 @@ struct Runs {
 // Where nothing has fetched a run before the only or the second pass over it.
 template <class T>
 Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
-  if (!grid.fetch_ahead) return {nullptr, nullptr};
+  if (!grid.streaming) return {nullptr, nullptr};
   return {run + length, run + length};
 }
 
@@ -293,7 +293,7 @@ class MomentTile {
             ones_};
   }
   void add_all() {
-    runs_.each_some(grid_.fetch_ahead ? 4 : 16,
+    runs_.each_some(grid_.streaming ? 4 : 16,
                     [&](std::int64_t b, std::int64_t c) { run(b, c).finish(); });
   }
   void add_blocks_from(std::int64_t block) {
@@ -489,7 +489,7 @@ class GradTile {
   }
   void add_all() {
     // In the order of memory if masks are drawn, for some runs at once.
-    runs_.each_some(Tail::plain ? grid_.fetch_ahead ? 4 : 16 : 1,
+    runs_.each_some(Tail::plain ? grid_.streaming ? 4 : 16 : 1,
                     [&](std::int64_t b, std::int64_t c) { run(b, c).finish(); });
   }
   void add_blocks_from(std::int64_t block) {

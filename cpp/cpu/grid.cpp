@@ -36,16 +36,16 @@ void Grid::cut(std::int64_t rows_of_a_chunk) {
 }
 
 bool worth_streaming(std::int64_t bytes) {
-  return bytes > cache_bytes();
+  // A quarter: the caches also hold what comes before and after in a network, and on a shared
+  // machine what others do. Measured, docs/performance.md.
+  return bytes > cache_bytes() / 4;
 }
 
 Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   Grid grid{};
   grid.problem = p;
   grid.replicas = grid.pieces = 1;
-  const std::int64_t bytes = tensors * p.size() * item;
-  grid.streaming = worth_streaming(bytes);
-  grid.fetch_ahead = bytes > cache_bytes() / 4 * 3;
+  grid.streaming = worth_streaming(tensors * p.size() * item);
   if (p.s == 1) grid.problem.channels_last = true;  // the same memory
   grid.columns = grid.problem.channels_last || p.s < short_row;
 

@@ -30,10 +30,9 @@ struct Grid {
   std::int64_t rows_per_chunk;  // of every chunk but perhaps the last
   std::int64_t pieces;          // rows: of each sample; more than 1 only with 1 row a chunk
   std::int64_t chunks;
-  bool streaming;    // results go past the caches
-  bool fetch_ahead;  // rows: the input comes from memory as a rule, the kernels ask for it early
-  bool sum_next;     // rows: the sums of the next group are made on the way of writing this one
-  bool fetch_rows;   // columns: sums of some rows fetch those that follow, contiguous ones
+  bool streaming;   // results go past the caches; inputs come from memory, and are asked for early
+  bool sum_next;    // rows: the sums of the next group are made on the way of writing this one
+  bool fetch_rows;  // columns: sums of some rows fetch those that follow, contiguous ones
 
   static constexpr std::int64_t max_group_width = 1024;   // columns of one group
   static constexpr std::int64_t max_group_channels = 64;  // rows: channels of one group
