@@ -219,3 +219,53 @@ def test_models(dtype):
     assert folded.error == 0
     assert set(folded.kept) == {"0", "2"}
     assert model(x).dtype == dtype
+
+
+# -- sums ------------------------------------------------------------------------------
+SUMMED = {
+    "rows": ((8, 5, 40, 40), 1),
+    "short rows": ((64, 5, 7, 7), 1),
+    "channels-last": ((8, 40, 40, 5), -1),
+    "(N, C)": ((4099, 5), 1),
+}
+# Of the standard deviation, and of the mean in units of it. Squares of 4e18 exceed float32 when a
+# few are added, those of 1e-18 and 1e-22 are subnormal there.
+MAGNITUDES = {
+    np.dtype(np.float16): [(1, 0), (1, 1.5), (1, 30), (1, 1e3), (1e4, 0), (1e-6, 2)],
+    np.dtype(ml_dtypes.bfloat16): [
+        (1, 0), (1, 1.5), (1, 30), (4e18, 0), (4e18, 2), (1e-18, 0), (1e-18, 2), (1e-22, 0),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", SUMMED)
+@pytest.mark.parametrize(
+    ("dtype", "size", "ratio"),
+    [(dtype, *magnitude) for dtype, magnitudes in MAGNITUDES.items() for magnitude in magnitudes],
+    ids=str,
+)
+def test_sums_of_halves_are_as_exact_as_those_of_float32(backend, dtype, size, ratio, layout):
+    shape, channel_axis = SUMMED[layout]
+    rng = np.random.default_rng(3)
+    x = ((rng.normal(size=shape) + ratio) * size).astype(dtype)
+    grad_y = (rng.normal(size=shape) + 0.5).astype(dtype)
+    exact, g = x.astype(np.float64), grad_y.astype(np.float64)
+    axes = tuple(axis for axis in range(x.ndim) if axis != channel_axis % x.ndim)
+    mean, std = exact.mean(axes, keepdims=True), exact.std(axes, keepdims=True)
+    normalized = (exact - mean) / std
+
+    y, saved = F.batch_norm_forward(x, eps=0, channel_axis=channel_axis)
+    ulp = np.spacing(np.abs(mean).ravel().astype(np.float32))
+    assert (np.abs(saved.mean - mean.ravel()) <= 2 * ulp + 1e-10 * std.ravel()).all()
+    representable = std.ravel() ** 2 > 2e-38
+    np.testing.assert_allclose(saved.var, std.ravel() ** 2, rtol=2e-6 if representable.all() else 1)
+    step = float(ml_dtypes.finfo(dtype).eps)
+    np.testing.assert_allclose(y.astype(np.float64), normalized, rtol=step, atol=step)
+
+    ones = np.ones(len(saved.mean), np.float32)
+    _, saved = F.batch_norm_forward(x, ones, ones, eps=0, channel_axis=channel_axis)
+    grads = F.batch_norm_backward(grad_y, saved)
+    for found, terms in [(grads.weight, g * normalized), (grads.bias, g)]:
+        total = terms.sum(axes)
+        bound = np.abs(np.spacing(found)) + 1e-6 * np.sqrt((terms**2).sum(axes))
+        assert (np.abs(found - total) <= bound).all()

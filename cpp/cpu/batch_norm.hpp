@@ -23,55 +23,102 @@ struct ShiftedSums {
 template <class S>
 constexpr bool exact_products = sizeof(S) <= 4;
 
+// Half types are added in float32 first, a few packs at a time, which loses next to nothing of them
+// and saves most of the widening.
+template <class S>
+constexpr bool added_narrow = sizeof(S) == 2;
+
+// As what sums take values.
+template <class S>
+using Addend = typename Choice<added_narrow<S>, float, double>::type;
+
 // The center that sums of `count` values around zero ask for; 0 if they are good enough.
 template <class S>
 double wanted_center(const ShiftedSums& s, double count) {
-  const bool good = s.squares - s.total * (s.total / count) > 1e-9 * s.squares;
+  double least = 1e-9 * s.squares;
+  if constexpr (added_narrow<S>) {
+    if (!__builtin_isfinite(s.squares)) return 1;  // too large for float32; any center will do
+    least = s.squares > 1e-30 * count ? 0.25 * s.squares : s.squares;  // or too small for it
+  }
+  const bool good = s.squares - s.total * (s.total / count) > least;
   return good ? 0 : static_cast<double>(static_cast<Compute<S>>(s.total / count));
 }
 
 // Accumulates packs of one channel.
 template <class S, bool centered>
 struct MomentSums {
+  static constexpr bool narrow = added_narrow<S> && !centered;
+  using Value = typename Choice<narrow, float, double>::type;
   // Packs that are added at once: where a run is split, it is after a multiple of them.
-  static constexpr std::int64_t unit = 2;
+  static constexpr std::int64_t unit = narrow ? 4 : 2;
   Pack<double> center, total, even, odd;
 
   MomentSums() = default;  // leaves everything undefined
   explicit BNEXT_INLINE MomentSums(double center_)
       : center(broadcast(center_)), total{}, even{}, odd{} {}
 
+  // Values as they are added, of a pack or the first `count` of one.
+  static BNEXT_INLINE Pack<Value> values(const S* p) { return load_as<Value>(p); }
+  static BNEXT_INLINE Pack<Value> values_first(const S* p, std::int64_t count) {
+    return as<Value>(load_first(p, count));
+  }
+
   // `count` packs at p.
   BNEXT_INLINE void add(const S* p, std::int64_t count, Ones ones) {
-    std::int64_t k = 0;
-    for (; k + 2 <= count; k += 2, p += 2 * lanes) {
-      const Pack<double> a = shifted(load_wide(p)), b = shifted(load_wide(p + lanes));
-      total = add_by_multiplying(a + b, ones, total);
-      even = square_add(a, even);
-      odd = square_add(b, odd);
+    if constexpr (narrow) {
+      const auto add_packs = [&](std::int64_t some) __attribute__((always_inline)) {
+        add_each(some, [&](std::int64_t k)
+                           __attribute__((always_inline)) { return values(p + k * lanes); });
+      };
+      for (; count >= unit; count -= unit, p += unit * lanes) add_packs(unit);
+      if (count > 0) add_packs(count);
+    } else {
+      std::int64_t k = 0;
+      for (; k + 2 <= count; k += 2, p += 2 * lanes) {
+        const Pack<double> a = shifted(load_wide(p)), b = shifted(load_wide(p + lanes));
+        total = add_by_multiplying(a + b, ones, total);
+        even = square_add(a, even);
+        odd = square_add(b, odd);
+      }
+      if (k < count) add(load_wide(p));
     }
-    if (k < count) add(load_wide(p));
   }
+  // The first `count` values of a pack.
+  BNEXT_INLINE void add_first(const S* p, std::int64_t count) {
+    Pack<Value> x = values_first(p, count);
+    if constexpr (centered) x = first_lanes_of(x, count, center);
+    add_each(1, [&](std::int64_t) __attribute__((always_inline)) { return x; });
+  }
+  // The packs that read(0) to read(count - 1) give: one sum of squares, not two.
+  template <class Read>
+  BNEXT_INLINE void add_each(std::int64_t count, Read read) {
+    if constexpr (narrow) {
+      Pack<float> t = read(0), squares = t * t;
+      for (std::int64_t k = 1; k < count; ++k) {
+        const Pack<float> x = read(k);
+        t = t + x;
+        squares = multiply_add(x, x, squares);
+      }
+      total = total + widen(t);
+      even = even + widen(squares);
+    } else {
+      std::int64_t k = 0;
+      for (; k + 2 <= count; k += 2) {
+        const Pack<double> a = shifted(read(k)), b = shifted(read(k + 1));
+        total = total + (a + b);
+        even = square_add(b, square_add(a, even));
+      }
+      if (k < count) add(read(k));
+    }
+  }
+  BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(even + odd)}; }
+
+ private:
   BNEXT_INLINE void add(Pack<double> x) {
     const Pack<double> a = shifted(x);
     total = total + a;
     even = square_add(a, even);
   }
-  // The first `count` values of a pack.
-  BNEXT_INLINE void add_first(const S* p, std::int64_t count) {
-    Pack<double> x = widen(load_first(p, count));
-    if constexpr (centered) x = first_lanes_of(x, count, center);
-    add(x);
-  }
-  // Rows of the same columns: one sum of squares, not two.
-  BNEXT_INLINE void add(Pack<double> x, Pack<double> y) {
-    const Pack<double> a = shifted(x), b = shifted(y);
-    total = total + (a + b);
-    even = square_add(b, square_add(a, even));
-  }
-  BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(even + odd)}; }
-
- private:
   BNEXT_INLINE Pack<double> shifted(Pack<double> x) const {
     if constexpr (centered) return x - center;
     return x;
@@ -82,56 +129,91 @@ struct MomentSums {
   }
 };
 
-// Accumulates gradients g and g x, or g (x - mean) where products are not exact.
+// Accumulates gradients g and g x, or g (x - center) where products are not exact: float64 around
+// the mean, half types around the mean in float32.
 template <class S>
 struct GradientSums {
-  static constexpr std::int64_t unit = 2;
-  Pack<double> mean, total, even, odd;
+  static constexpr bool narrow = added_narrow<S>;
+  static constexpr std::int64_t unit = narrow ? 4 : 2;
+  static constexpr bool shifted = narrow || !exact_products<S>;
+  using Center = Addend<S>;
+  Pack<Center> center;
+  Pack<double> total, even, odd;
 
   GradientSums() = default;  // leaves everything undefined
-  explicit BNEXT_INLINE GradientSums(double mean_)
-      : mean(broadcast(mean_)), total{}, even{}, odd{} {}
+  explicit BNEXT_INLINE GradientSums(double mean)
+      : center(broadcast(static_cast<Center>(mean))), total{}, even{}, odd{} {}
 
   // Packs [k, end) of the values and of their gradients, which values(k) and gradients(k) read.
   template <class Values, class Gradients>
   BNEXT_INLINE void add(std::int64_t k, std::int64_t end, Values values, Gradients gradients,
                         Ones ones) {
-    for (; k + 2 <= end; k += 2) {
-      const Pack<double> a = gradients(k), b = gradients(k + 1);
-      total = add_by_multiplying(a + b, ones, total);
-      even = product_add(a, values(k), even);
-      odd = product_add(b, values(k + 1), odd);
+    if constexpr (narrow) {
+      for (; k < end; k += unit)
+        add_each(
+            k + unit <= end ? unit : end - k,
+            [&](std::int64_t i) __attribute__((always_inline)) { return gradients(k + i); },
+            [&](std::int64_t i) __attribute__((always_inline)) { return values(k + i); });
+    } else {
+      for (; k + 2 <= end; k += 2) {
+        const Pack<double> a = gradients(k), b = gradients(k + 1);
+        total = add_by_multiplying(a + b, ones, total);
+        even = product_add(a, values(k), even);
+        odd = product_add(b, values(k + 1), odd);
+      }
+      if (k < end) add(gradients(k), values(k));
     }
-    if (k < end) add(gradients(k), values(k));
   }
+  // The packs that gradients(0) to gradients(count - 1) give, and values.
+  template <class Gradients, class Values>
+  BNEXT_INLINE void add_each(std::int64_t count, Gradients gradients, Values values) {
+    if constexpr (narrow) {
+      Pack<float> t = gradients(0), products = t * (values(0) - center);
+      for (std::int64_t k = 1; k < count; ++k) {
+        const Pack<float> g = gradients(k);
+        t = t + g;
+        products = products + g * (values(k) - center);
+      }
+      total = total + widen(t);
+      even = even + widen(products);
+    } else {
+      for (std::int64_t k = 0; k < count; ++k) add(gradients(k), values(k));
+    }
+  }
+  // For a channel whose mean is `mean`.
+  BNEXT_INLINE GradSums sums(double mean) const {
+    return centered_sums(sum(total), sum(even + odd), mean);
+  }
+  static BNEXT_INLINE GradSums centered_sums(double g, double gx, double mean) {
+    if constexpr (narrow)
+      return {g, gx - (mean - static_cast<double>(static_cast<Center>(mean))) * g};
+    return {g, exact_products<S> ? gx - mean * g : gx};
+  }
+
+ private:
   BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
     total = total + g;
     even = product_add(g, x, even);
   }
-  // For a channel whose mean is `mean`.
-  BNEXT_INLINE GradSums sums(double of_mean) const {
-    return centered_sums(sum(total), sum(even + odd), of_mean);
-  }
-  static BNEXT_INLINE GradSums centered_sums(double g, double gx, double of_mean) {
-    return {g, exact_products<S> ? gx - of_mean * g : gx};
-  }
   BNEXT_INLINE Pack<double> product_add(Pack<double> g, Pack<double> x, Pack<double> sum) const {
-    if constexpr (exact_products<S>) return multiply_add(g, x, sum);
-    return g * (x - mean) + sum;
+    if constexpr (exact_products<S>)
+      return multiply_add(g, x, sum);
+    else
+      return g * (x - center) + sum;
   }
 };
 
 // What the loops go by, of sixteen values or the first `count` of them.
 template <class Run, class S>
-BNEXT_INLINE Pack<double> values_of(const Run& run, const S* x) {
-  if constexpr (!Run::invertible) return load_wide(x);
-  return widen(Access<Pack<Compute<S>>>::each(
+BNEXT_INLINE Pack<Addend<S>> values_of(const Run& run, const S* x) {
+  if constexpr (!Run::invertible) return load_as<Addend<S>>(x);
+  return as<Addend<S>>(Access<Pack<Compute<S>>>::each(
       0, [&](std::int64_t k)
              __attribute__((always_inline)) { return run.input(load_values(x + k)); }));
 }
 template <class Run, class S>
-BNEXT_INLINE Pack<double> values_of_first(const Run& run, const S* x, std::int64_t count) {
-  return widen(
+BNEXT_INLINE Pack<Addend<S>> values_of_first(const Run& run, const S* x, std::int64_t count) {
+  return as<Addend<S>>(
       Access<Pack<Compute<S>>>::each(0, [&](std::int64_t k) __attribute__((always_inline)) {
         return run.input(load_values_first(x + k, count - k));
       }));
@@ -140,9 +222,9 @@ BNEXT_INLINE Pack<double> values_of_first(const Run& run, const S* x, std::int64
 // The gradients at the normalised values of the sixteen elements from i on, as doubles. f gives the
 // coefficients of a place, g and x point to gradients at results and to values.
 template <class Run, class S, class Coefficients>
-BNEXT_INLINE Pack<double> gradients_of(const Run& run, const S* g, const S* x, std::int64_t i,
-                                       Coefficients f) {
-  return widen(
+BNEXT_INLINE Pack<Addend<S>> gradients_of(const Run& run, const S* g, const S* x, std::int64_t i,
+                                          Coefficients f) {
+  return as<Addend<S>>(
       Access<Pack<Compute<S>>>::each(i, [&](std::int64_t k) __attribute__((always_inline)) {
         const Place<S> at{k};
         return run.gradient(at(g), at, [&]() __attribute__((always_inline)) {
@@ -152,9 +234,10 @@ BNEXT_INLINE Pack<double> gradients_of(const Run& run, const S* g, const S* x, s
 }
 // Of the first `count` of them, zero for the others.
 template <class Run, class S, class Coefficients>
-BNEXT_INLINE Pack<double> gradients_of_first(const Run& run, const S* g, const S* x, std::int64_t i,
-                                             std::int64_t count, Coefficients f) {
-  return widen(
+BNEXT_INLINE Pack<Addend<S>> gradients_of_first(const Run& run, const S* g, const S* x,
+                                                std::int64_t i, std::int64_t count,
+                                                Coefficients f) {
+  return as<Addend<S>>(
       Access<Pack<Compute<S>>>::each(i, [&](std::int64_t k) __attribute__((always_inline)) {
         const PartialPlace<S> at{k, i + count - k};
         const auto all = run.gradient(at(g), at, [&]() __attribute__((always_inline)) {
@@ -436,8 +519,13 @@ class GradTile {
       if (rest > 0) {
         tail.ready(length);
         const F coefficients = f;
-        sums.add(gradients_of_first(tail, g, x, i, rest, [&](auto) { return coefficients; }),
-                 values_of_first(tail, x + i, rest));
+        sums.add_each(
+            1,
+            [&](std::int64_t) __attribute__((always_inline)) {
+              return gradients_of_first(tail, g, x, i, rest, [&](auto) { return coefficients; });
+            },
+            [&](std::int64_t)
+                __attribute__((always_inline)) { return values_of_first(tail, x + i, rest); });
       }
       tail.finish();
       *home = sums;
@@ -463,7 +551,7 @@ class GradTile {
               __attribute__((always_inline)) { return values_of(tail, x + k * lanes); },
           [&](std::int64_t k) __attribute__((always_inline)) {
             if constexpr (Tail::linear)
-              return load_wide(g + k * lanes);
+              return load_as<Addend<S>>(g + k * lanes);
             else
               return gradients_of(tail, g, x, k * lanes, [&](auto) { return coefficients; });
           },
@@ -659,9 +747,7 @@ BNEXT_INLINE void add_columns(std::int64_t count, const double* center, Read rea
   if constexpr (centered) sums.center = load(center);
   sums.total = load(total);
   sums.even = load(squares);
-  std::int64_t k = 0;
-  for (; k + 2 <= count; k += 2) sums.add(read(k), read(k + 1));
-  if (k < count) sums.add(read(k));
+  sums.add_each(count, read);
   store(sums.total, total);
   store(sums.even, squares);
 }
@@ -669,6 +755,7 @@ BNEXT_INLINE void add_columns(std::int64_t count, const double* center, Read rea
 template <class S, bool centered>
 void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t chunk, const S* x,
                           const double* center, double* total, double* squares) {
+  using Sums = MomentSums<S, centered>;
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = squares[w] = 0;
   for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
     const S* row = x + r * grid.width + columns.first;
@@ -679,14 +766,15 @@ void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t
         add_columns<S, centered>(
             row_block, center + w,
             [&](std::int64_t k)
-                __attribute__((always_inline)) { return load_wide(row + k * grid.width + w); },
+                __attribute__((always_inline)) { return Sums::values(row + k * grid.width + w); },
             total + w, squares + w);
       }
     for (; w < width; w += lanes)
       add_columns<S, centered>(
           count, center + w,
           [&](std::int64_t k) __attribute__((always_inline)) {
-            const Pack<double> rest = widen(load_first(row + k * grid.width + w, width - w));
+            const Pack<typename Sums::Value> rest =
+                Sums::values_first(row + k * grid.width + w, width - w);
             if constexpr (centered) return first_lanes_of(rest, width - w, load(center + w));
             return rest;
           },
@@ -832,13 +920,14 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
 
 // Rows [0, count) of sixteen columns of gradients and values, added to the columns' sums.
 template <class S, class ReadG, class ReadX>
-BNEXT_INLINE void add_grad_columns(std::int64_t count, const double* mean, ReadG read_g,
+BNEXT_INLINE void add_grad_columns(std::int64_t count,
+                                   const typename GradientSums<S>::Center* center, ReadG read_g,
                                    ReadX read_x, double* total, double* products) {
   GradientSums<S> sums(0);
-  if constexpr (!exact_products<S>) sums.mean = load(mean);
+  if constexpr (GradientSums<S>::shifted) sums.center = load(center);
   sums.total = load(total);
   sums.even = load(products);
-  for (std::int64_t k = 0; k < count; ++k) sums.add(read_g(k), read_x(k));
+  sums.add_each(count, read_g, read_x);
   store(sums.total, total);
   store(sums.even, products);
 }
@@ -848,11 +937,13 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
                        const S* x, const double* mean, const Affine<Compute<S>>* forward,
                        const Fusion& fusion, GradSums* partials) {
   const Columns columns(grid, group);
-  double center[max_columns], total[max_columns], products[max_columns],
-      sums_g[Grid::max_group_width], sums_gx[Grid::max_group_width];
+  using Center = typename GradientSums<S>::Center;
+  Center center[max_columns];
+  double total[max_columns], products[max_columns], sums_g[Grid::max_group_width],
+      sums_gx[Grid::max_group_width];
   mean += columns.first_channel;
-  if constexpr (!exact_products<S>)
-    spread(grid, columns, center, [&](std::int64_t c) { return mean[c]; });
+  if constexpr (GradientSums<S>::shifted)
+    spread(grid, columns, center, [&](std::int64_t c) { return static_cast<Center>(mean[c]); });
   const ColumnAffine<Compute<S>> f(grid, columns, forward);
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
   Tail tail(fusion);
@@ -881,7 +972,7 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
             [&](std::int64_t k) __attribute__((always_inline)) {
               const S* from = g + k * grid.width;
               if constexpr (Tail::linear)
-                return load_wide(from + w);
+                return load_as<Addend<S>>(from + w);
               else
                 return gradients_of(runs[k], from, values + k * grid.width, w, coefficients);
             },

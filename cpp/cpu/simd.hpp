@@ -50,6 +50,16 @@ typedef std::int32_t i32v __attribute__((vector_size(vector_bytes)));
 typedef std::int64_t i64v __attribute__((vector_size(vector_bytes)));
 typedef std::uint16_t half_u16v __attribute__((vector_size(vector_bytes / 2)));
 
+// One of two types.
+template <bool first, class A, class B>
+struct Choice {
+  using type = A;
+};
+template <class A, class B>
+struct Choice<false, A, B> {
+  using type = B;
+};
+
 // Values of type S in a vector: it holds them as what they are computed in.
 template <class S>
 using Vector = typename Native<Compute<S>>::type;
@@ -120,6 +130,23 @@ BNEXT_INLINE f32v from_half(half_u16v v) {
 BNEXT_INLINE half_u16v to_half(f32v v) {
   return (half_u16v)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+// One instruction takes 16 bits from any place to any place.
+BNEXT_INLINE f32v from_bfloat(half_u16v v) {
+  const u16v from = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                     0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  return (f32v)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, (__m512i)from,
+                                              _mm512_castsi256_si512((__m256i)v));
+}
+// To nearest, ties to even. A NaN keeps its upper bits: all come out of arithmetic, which sets one.
+BNEXT_INLINE half_u16v to_bfloat(f32v v) {
+  const u16v from = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const auto bits = (__m512i)v;
+  const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7FFF));
+  rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+  return (half_u16v)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)from, rounded));
+}
 // Eight (four, two) floats at p as doubles.
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm512_cvtps_pd(_mm256_loadu_ps(p));
@@ -132,6 +159,9 @@ BNEXT_INLINE f64v widen_high(f32v v) {
 }
 BNEXT_INLINE f64v multiply_add(f64v a, f64v b, f64v c) {
   return _mm512_fmadd_pd(a, b, c);
+}
+BNEXT_INLINE f32v multiply_add(f32v a, f32v b, f32v c) {
+  return _mm512_fmadd_ps(a, b, c);
 }
 BNEXT_INLINE double sum_vector(f64v v) {
   const __m256d four = _mm512_castpd512_pd256(v) + _mm512_extractf64x4_pd(v, 1);
@@ -198,6 +228,9 @@ BNEXT_INLINE f64v widen_high(f32v v) {
 BNEXT_INLINE f64v multiply_add(f64v a, f64v b, f64v c) {
   return _mm256_fmadd_pd(a, b, c);
 }
+BNEXT_INLINE f32v multiply_add(f32v a, f32v b, f32v c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
 BNEXT_INLINE double sum_vector(f64v v) {
   const __m128d two = _mm256_castpd256_pd128(v) + _mm256_extractf128_pd(v, 1);
   return two[0] + two[1];
@@ -234,7 +267,8 @@ BNEXT_INLINE f64v widen_low(f32v v) {
 BNEXT_INLINE f64v widen_high(f32v v) {
   return _mm_cvtps_pd(_mm_movehl_ps(v, v));
 }
-BNEXT_INLINE f64v multiply_add(f64v a, f64v b, f64v c) {
+template <class V>
+BNEXT_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 BNEXT_INLINE double sum_vector(f64v v) {
@@ -274,7 +308,8 @@ BNEXT_INLINE f64v widen_low(f32v v) {
 BNEXT_INLINE f64v widen_high(f32v v) {
   return f64v{v[2], v[3]};
 }
-BNEXT_INLINE f64v multiply_add(f64v a, f64v b, f64v c) {
+template <class V>
+BNEXT_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 BNEXT_INLINE double sum_vector(f64v v) {
@@ -312,6 +347,17 @@ BNEXT_INLINE unsigned lanes_at_least(u32v v, std::int32_t least) {
 }
 #endif
 
+#if !defined(__AVX512F__)
+BNEXT_INLINE f32v from_bfloat(half_u16v v) {
+  return (f32v)(__builtin_convertvector(v, u32v) << 16);
+}
+BNEXT_INLINE half_u16v to_bfloat(f32v v) {
+  const u32v bits = (u32v)v;
+  const u32v rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? bits >> 16 | 0x40u : rounded, half_u16v);
+}
+#endif
+
 #if !defined(__F16C__)
 // IEEE half precision by integers, as the processors that have instructions for it do it.
 __attribute__((noinline)) f32v from_half(half_u16v v) {
@@ -337,16 +383,6 @@ __attribute__((noinline)) half_u16v to_half(f32v v) {
 #endif
 
 // -- values in memory and vectors of them ---------------------------------------------------------
-
-BNEXT_INLINE f32v from_bfloat(half_u16v v) {
-  return (f32v)(__builtin_convertvector(v, u32v) << 16);
-}
-// To nearest, ties to even.
-BNEXT_INLINE half_u16v to_bfloat(f32v v) {
-  const u32v bits = (u32v)v;
-  const u32v rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  return __builtin_convertvector(v != v ? bits >> 16 | 0x40u : rounded, half_u16v);
-}
 
 // How a dtype lies in memory: as vectors of what it is computed in, or as 16 bits to be converted.
 template <class S>
@@ -451,13 +487,12 @@ BNEXT_OPERATOR(*)
 
 // a * b + c where the products are exact, as those of two floats are in double: fused or not, the
 // bits are the same.
-BNEXT_INLINE Vectors<f64v, 1> multiply_add(Vectors<f64v, 1> a, Vectors<f64v, 1> b,
-                                           Vectors<f64v, 1> c) {
+template <class V>
+BNEXT_INLINE Vectors<V, 1> multiply_add(Vectors<V, 1> a, Vectors<V, 1> b, Vectors<V, 1> c) {
   return {multiply_add(a.only, b.only, c.only)};
 }
-template <int n>
-BNEXT_INLINE Vectors<f64v, n> multiply_add(Vectors<f64v, n> a, Vectors<f64v, n> b,
-                                           Vectors<f64v, n> c) {
+template <class V, int n>
+BNEXT_INLINE Vectors<V, n> multiply_add(Vectors<V, n> a, Vectors<V, n> b, Vectors<V, n> c) {
   return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
 }
 
@@ -581,6 +616,22 @@ BNEXT_INLINE Pack<double> load_wide(const S* p) {
 }
 BNEXT_INLINE Pack<double> load_wide(const float* p) {
   return Access<Pack<double>>::widened(p);
+}
+
+// Of another type that is no narrower.
+template <class A, class P>
+BNEXT_INLINE Pack<A> as(P v) {
+  if constexpr (sizeof(P) == sizeof(Pack<A>))
+    return v;
+  else
+    return widen(v);
+}
+template <class A, class S>
+BNEXT_INLINE Pack<A> load_as(const S* p) {
+  if constexpr (sizeof(A) == sizeof(Compute<S>))
+    return load(p);
+  else
+    return load_wide(p);
 }
 
 template <class V>

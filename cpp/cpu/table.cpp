@@ -12,23 +12,14 @@
 namespace bnext {
 namespace {
 
-// `Own` where loops of its own are worth their space, otherwise those of whatever the fusion says.
-template <bool worth, class Own, class Any>
-struct Choice {
-  using type = Own;
-};
-template <class Own, class Any>
-struct Choice<false, Own, Any> {
-  using type = Any;
-};
-
 template <class S>
 struct Table {
   template <Mask mask>
   using Any = General<S, mask>;
+  // Loops of their own where they are worth their space, otherwise those of whatever fusion says.
   using None = Plain<S, epilogue::none>;
   template <Mask mask>
-  using Relu = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && !compact),
+  using Relu = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && vector_bytes == 64),
                                Plain<S, epilogue::relu>, Any<mask>>::type;
   template <Mask mask, bool residual>
   using ReluAnd = typename Choice<sizeof(S) == 4 && !compact,
