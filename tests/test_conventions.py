@@ -156,7 +156,7 @@ def test_dtypes(dtype):
         (
             lambda: conventions.from_keras({"scale": False}, ARRAYS),
             ValueError,
-            "from_keras: expected 3 arrays .* for bias, running_mean, running_var, got 4",
+            "from_keras: weights: expected 3 arrays .* for bias, running_mean, running_var, got 4",
         ),
         (lambda: conventions.from_onnx({}, ARRAYS[:3]), ValueError, "expected 4 arrays"),
         (
@@ -170,6 +170,19 @@ def test_dtypes(dtype):
             "running_var: expected no negative variance",
         ),
         (lambda: conventions.from_onnx({}, ARRAYS, count=1), ValueError, "count: expected 2 or"),
+        (lambda: conventions.from_onnx({}, ARRAYS, count=2.5), TypeError, "count: expected an int"),
+        (lambda: conventions.from_keras(3), TypeError, "from_keras: config: expected a mapping"),
+        (lambda: conventions.from_onnx(None), TypeError, "from_onnx: attributes: expected a map"),
+        (lambda: conventions.from_keras({}, 3), TypeError, "weights: expected a sequence of arr"),
+        (
+            lambda: conventions.from_onnx({}, [a.astype(complex) for a in ARRAYS]),
+            TypeError,
+            "from_onnx: inputs: weight: expected real numbers, got complex128",
+        ),
+        *(
+            (lambda eps=eps: conventions.from_keras({"epsilon": eps}), ValueError, "epsilon: expec")
+            for eps in (-1, np.nan, np.inf)
+        ),
         (lambda: conventions.from_onnx({"spatial": 0}), ValueError, "spatial: expected 1, got 0"),
         (
             lambda: conventions.from_torch(types.SimpleNamespace(eps=1)),

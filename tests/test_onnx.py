@@ -309,7 +309,10 @@ def test_batch_norm_without_running_statistics():
     x = batch(IMAGE)
     (y,) = run(proto, x)
     assert_near(layer(x), y)
-    assert_near(bnext.onnx.load(proto).forward(x)[0], y)
+    loaded = bnext.onnx.load(proto)
+    assert_near(loaded.forward(x)[0], y)
+    assert_near(loaded(x), y)
+    assert not loaded.track_running_stats
 
 
 def test_frozen_batch_norm_in_training():

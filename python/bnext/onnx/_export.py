@@ -175,7 +175,9 @@ def _batch_norm(
         constant("running_var", evaluation.get("var"), 1),
     ]
     attributes: dict[str, Any] = {"epsilon": evaluation["eps"]}
-    if layer.momentum is not None:
+    if not tracked:
+        attributes["momentum"] = 1.0  # they never move: what `load` knows it by
+    elif layer.momentum is not None:
         attributes["momentum"] = other_momentum(layer.momentum)
     outputs: list[str] = []
     if by_batch:
@@ -407,6 +409,7 @@ def export(
     ['Gemm', 'BatchNormalization', 'Relu']
     """
     onnx = require("onnx")
+    _check.model("onnx.export", model)
     newest = onnx.defs.onnx_opset_version()
     opset = _check.integer("onnx.export", "opset", opset, _OLDEST_OPSET)
     if opset > newest:
