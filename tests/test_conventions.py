@@ -106,6 +106,16 @@ def test_torch(options):
     assert ours.running_mean.dtype == np.float64 if ours.track_running_stats else True
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_torch_in_half_precision(dtype):
+    torch = pytest.importorskip("torch", reason="the layer that is converted is PyTorch's")
+    theirs = torch.nn.BatchNorm1d(3).to(getattr(torch, dtype))
+    torch.nn.init.normal_(theirs.weight)
+    ours = conventions.from_torch(theirs).build()
+    assert ours.weight.data.dtype == ours.running_var.dtype == np.float32
+    np.testing.assert_array_equal(ours.weight.data, theirs.weight.detach().float().numpy())
+
+
 def test_onnx():
     onnx = pytest.importorskip("onnx", reason="the reference is ONNX's")
     from onnx.reference import ReferenceEvaluator

@@ -78,10 +78,16 @@ def from_torch(module: Any) -> Converted:
             "from_torch: module: expected a torch.nn.BatchNorm, got "
             f"{type(module).__name__} without {', '.join(missing)}"
         )
-    state = {name: np.asarray(tensor.cpu()) for name, tensor in module.state_dict().items()}
+    state = {name: _array(tensor.cpu()) for name, tensor in module.state_dict().items()}
     options = {name: getattr(module, name) for name in names}
     dtype = next((a.dtype for name, a in state.items() if name != "num_batches_tracked"), None)
     return Converted(options | {"dtype": parameter_dtype(dtype)}, state)
+
+
+def _array(tensor: Any) -> Array:
+    # NumPy has no bfloat16.
+    half = tensor.is_floating_point() and tensor.element_size() < 4
+    return np.asarray(tensor.float() if half else tensor)
 
 
 def from_keras(
