@@ -706,10 +706,22 @@ def test_without_threadpoolctl(monkeypatch):
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.BatchNorm(3), nn.SiLU(), nn.ReLU(), nn.Flatten(), nn.InputStatistics(3), nn.Conv2d(3, 2, 3),
-     nn.MaxPool2d(2), nn.Dropout(0.0)],
+    [
+        nn.BatchNorm(3),
+        nn.SiLU(),
+        nn.ReLU(),
+        nn.Dropout(0.0),
+        nn.Flatten(),
+        nn.InputStatistics(3),
+        nn.Conv2d(3, 2, 3),
+        nn.Linear(5, 2),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.GlobalAvgPool2d(),
+        nn.Residual(nn.ReLU()),
+    ],
     ids=lambda layer: type(layer).__name__,
-)  # fmt: skip
+)
 def test_byte_order_does_not_matter(layer):
     x = np.random.default_rng(0).normal(size=X.shape).astype(F32)
     y, backward = layer.forward(x)

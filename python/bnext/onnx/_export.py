@@ -249,10 +249,13 @@ def _dropped(
     writer: _Writer, p: float, generator: random.Generator | None, path: str, x: str
 ) -> str:
     """A Dropout node; it does nothing in evaluation, but says what p was."""
-    if p == 1:
+    if p == 1 and writer.training:
         raise ValueError(
-            f"onnx.export: {path or 'model'}: p: expected less than 1, as ONNX's Dropout has it"
+            f"onnx.export: {path or 'model'}: p: expected less than 1 for training=True, as ONNX's "
+            "Dropout has it"
         )
+    if p == 1:
+        return writer.node("Identity", path, [x])
     inputs = [x, writer.constant(path, "p", np.array(p, np.float32))]
     if not writer.training:
         return writer.node("Dropout", path, inputs)
