@@ -20,7 +20,7 @@ class Flatten(Module):
 
     Notes
     -----
-    The output is a view of x where NumPy can make one.
+    x may have any dtype. The output is a view of it where NumPy can make one.
 
     Raises
     ------
@@ -39,7 +39,7 @@ class Flatten(Module):
         self.end_dim = end_dim
 
     def __call__(self, x: npt.ArrayLike) -> Array:
-        array = _check.floating(self, x)
+        array = _check.native(x)
         ndim = array.ndim
         start, end = (d + ndim if d < 0 else d for d in (self.start_dim, self.end_dim))
         if not 0 <= start <= end < ndim:
