@@ -71,14 +71,17 @@ _MODULES = (
 )
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"bnext.{name}")
-    if name in _LATER:
-        value = getattr(importlib.import_module(f"bnext.{_LATER[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'bnext' has no attribute {name!r}")
+# Hidden from type checkers, for which every name would be one of ours.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"bnext.{name}")
+        if name in _LATER:
+            value = getattr(importlib.import_module(f"bnext.{_LATER[name]}"), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'bnext' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
