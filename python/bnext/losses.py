@@ -571,7 +571,7 @@ class _Classes:
 
 
 def _floating(where: str, logits: npt.ArrayLike) -> Array:
-    array = np.asarray(logits)
+    array = _check.native(where, "logits", logits)
     if not np.issubdtype(array.dtype, np.floating):
         raise TypeError(f"{where}: logits: expected floating point, got {array.dtype}")
     return array

@@ -21,17 +21,19 @@ Pair = tuple[int, int]
 _WEIGHTS = (np.float32, np.float64)
 
 
-def native(x: npt.ArrayLike) -> Array:
-    """`x` as an array of this machine's byte order."""
+def native(where: str, argument: str, x: npt.ArrayLike) -> Array:
+    """`x` as an array of this machine's byte order; TypeError if some of it is masked."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        raise TypeError(
+            f"{where}: {argument}: expected an array without masked values, got a masked array"
+        )
     array = np.asarray(x)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def floating(module: Module, x: npt.ArrayLike, dtype: np.dtype[Any] | None = None) -> Array:
     """`x` as an array of `dtype`, by default of any of ours; TypeError if it is another."""
-    array = native(x)
-    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
-        raise TypeError(f"{module.label}: x: expected an array without a mask, got a masked array")
+    array = native(module.label, "x", x)
     if dtype is None:
         if array.dtype.name not in _dtypes.DATA:
             raise TypeError(f"{module.label}: x: expected {_dtypes.NAMES}, got {array.dtype}")
@@ -51,7 +53,7 @@ def images(
 
     Without `dtype`, float32 or float64: convolution and pooling have no half types.
     """
-    array = native(x) if dtype is None else floating(module, x, dtype)
+    array = native(module.label, "x", x) if dtype is None else floating(module, x, dtype)
     if array.dtype not in _WEIGHTS:
         raise TypeError(f"{module.label}: x: expected float32 or float64, got {array.dtype}")
     if array.ndim != 4:
@@ -65,7 +67,7 @@ def images(
 
 def gradient(module: Module, grad_y: npt.ArrayLike, y: tuple[int, ...], dtype: Any) -> Array:
     """`grad_y` as a contiguous array with the shape of `y` and `dtype`."""
-    array = native(grad_y)
+    array = native(module.label, "grad_y", grad_y)
     if array.shape != y:
         raise ValueError(f"{module.label}: grad_y: expected shape {y}, got {array.shape}")
     if array.dtype != dtype:

@@ -39,7 +39,7 @@ class Flatten(Module):
         self.end_dim = end_dim
 
     def __call__(self, x: npt.ArrayLike) -> Array:
-        array = _check.native(x)
+        array = _check.native(self.label, "x", x)
         ndim = array.ndim
         start, end = (d + ndim if d < 0 else d for d in (self.start_dim, self.end_dim))
         if not 0 <= start <= end < ndim:
