@@ -356,12 +356,13 @@ def test_what_is_not_finite_stays_in_its_channel(chosen, bad):
     assert np.isfinite(norm.running_var).all()
 
 
-def test_what_is_not_finite_does_not_matter_in_a_channel_that_is_masked():
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_does_not_matter_in_a_channel_that_is_masked(bad):
     norm, x = layer_of({"channel_mask"}), data((7, CHANNELS, 3), dtype=np.float64)
-    x[0, 1, 0] = np.nan
+    x[0, 1, 0] = bad
     y, backward = norm.forward(x)
     assert norm.num_batches_tracked == 1
-    assert np.isnan(y).sum() == 1
+    assert (~np.isfinite(y)).sum() == 1
     assert np.isfinite(np.delete(backward(np.ones_like(x)), 1, axis=1)).all()
 
 

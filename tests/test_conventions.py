@@ -106,6 +106,16 @@ def test_torch(options):
     assert ours.running_mean.dtype == np.float64 if ours.track_running_stats else True
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_torch_in_half_precision(dtype):
+    torch = pytest.importorskip("torch", reason="the layer that is converted is PyTorch's")
+    theirs = torch.nn.BatchNorm1d(3).to(getattr(torch, dtype))
+    torch.nn.init.normal_(theirs.weight)
+    ours = conventions.from_torch(theirs).build()
+    assert ours.weight.data.dtype == ours.running_var.dtype == np.float32
+    np.testing.assert_array_equal(ours.weight.data, theirs.weight.detach().float().numpy())
+
+
 def test_onnx():
     onnx = pytest.importorskip("onnx", reason="the reference is ONNX's")
     from onnx.reference import ReferenceEvaluator
@@ -156,7 +166,7 @@ def test_dtypes(dtype):
         (
             lambda: conventions.from_keras({"scale": False}, ARRAYS),
             ValueError,
-            "from_keras: expected 3 arrays .* for bias, running_mean, running_var, got 4",
+            "from_keras: weights: expected 3 arrays .* for bias, running_mean, running_var, got 4",
         ),
         (lambda: conventions.from_onnx({}, ARRAYS[:3]), ValueError, "expected 4 arrays"),
         (
@@ -170,6 +180,19 @@ def test_dtypes(dtype):
             "running_var: expected no negative variance",
         ),
         (lambda: conventions.from_onnx({}, ARRAYS, count=1), ValueError, "count: expected 2 or"),
+        (lambda: conventions.from_onnx({}, ARRAYS, count=2.5), TypeError, "count: expected an int"),
+        (lambda: conventions.from_keras(3), TypeError, "from_keras: config: expected a mapping"),
+        (lambda: conventions.from_onnx(None), TypeError, "from_onnx: attributes: expected a map"),
+        (lambda: conventions.from_keras({}, 3), TypeError, "weights: expected a sequence of arr"),
+        (
+            lambda: conventions.from_onnx({}, [a.astype(complex) for a in ARRAYS]),
+            TypeError,
+            "from_onnx: inputs: weight: expected real numbers, got complex128",
+        ),
+        *(
+            (lambda eps=eps: conventions.from_keras({"epsilon": eps}), ValueError, "epsilon: expec")
+            for eps in (-1, np.nan, np.inf)
+        ),
         (lambda: conventions.from_onnx({"spatial": 0}), ValueError, "spatial: expected 1, got 0"),
         (
             lambda: conventions.from_torch(types.SimpleNamespace(eps=1)),

@@ -8,11 +8,16 @@ import pytest
 import bnext
 from bnext import _core, nn
 from bnext import functional as F
+from bnext.losses import UncertaintyWeighting, sigmoid_focal_loss, softmax_cross_entropy
+from bnext.regularizers import l2_penalty
+from bnext.scaling import BNP, BatchNormScaling
 
 X = np.random.default_rng(0).normal(size=(4, 3, 5, 5)).astype(np.float32)
 G = np.ones_like(X)
 W = np.ones(3, np.float32)
 VAR = np.full(3, 2.0, np.float32)
+ROWS = X[:2, :, 0, 0]
+PAIR = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm(3))
 LAST = np.ascontiguousarray(np.moveaxis(X, 1, -1))
 
 
@@ -145,6 +150,33 @@ BAD_CALLS = [
     (lambda: F.dropout_forward(X, out=np.zeros(3, "f")), ValueError, r"out: expected shape .*, got \(3,\)"),
     (lambda: F.dropout_backward(G, 0.5), TypeError, "dropout_backward: saved: expected what dropout_forward returned, got float"),
     (forward_then_dropout_backward, TypeError, "saved: .*got .*BatchNormSaved"),
+    (lambda: F.channel_dropout_forward(X, channel_axis=1.0), TypeError, "channel_dropout_forward: channel_axis: expected 1 or -1, got 1.0"),
+    (lambda: F.channel_dropout_mask(0, 0, None, 0.5), TypeError, "channel_dropout_mask: shape: expected a tuple of integers, got None"),
+    (lambda: F.drop_path_mask(0, 0, 3.5, 0.5), TypeError, "drop_path_mask: shape: expected a tuple of integers, got 3.5"),
+    (lambda: F.drop_block2d_mask(0, 0, (2, 3), 0.5), ValueError, r"drop_block2d_mask: shape: expected \(N, C, H, W\), got shape \(2, 3\)"),
+    (lambda: F.drop_block2d_forward(X, mask_shape=3), TypeError, "drop_block2d_forward: mask_shape: expected a tuple of integers, got 3"),
+    (lambda: F.gaussian_dropout_forward(X, mask_shape=3), TypeError, "gaussian_dropout_forward: mask_shape: expected a tuple of integers, got 3"),
+    # losses and what takes a model
+    (lambda: softmax_cross_entropy(ROWS, [0, 1])[1](None), TypeError, "softmax_cross_entropy: grad_loss: expected numbers, got object"),
+    (lambda: sigmoid_focal_loss(ROWS, ROWS > 0)[1]("x"), TypeError, "sigmoid_focal_loss: grad_loss: expected numbers, got <U1"),
+    (lambda: UncertaintyWeighting(3), TypeError, "UncertaintyWeighting: tasks: expected one for each loss, got 3"),
+    (lambda: UncertaintyWeighting([1]).forward(["x"]), TypeError, "UncertaintyWeighting: losses: expected numbers, got <U1"),
+    (lambda: l2_penalty(None, 0.1), TypeError, "l2_penalty: parameters: expected several, got one NoneType"),
+    (lambda: bnext.fold(nn.Linear(3, 3).eval(), ROWS, tolerance=-1), ValueError, "fold: tolerance: expected a number >= 0, got -1"),
+    (lambda: bnext.reestimate(nn.BatchNorm(3), None), TypeError, "reestimate: loader: expected an iterable of batches, got NoneType"),
+    (lambda: BatchNormScaling(PAIR, clip=("a", "b")), ValueError, "BatchNormScaling: clip: expected two numbers"),
+    *(
+        (lambda call=call: call(X), TypeError, f"{name}: model: expected a Module, got ndarray")
+        for name, call in (
+            ("fold", lambda model: bnext.fold(model, X)),
+            ("reestimate", lambda model: bnext.reestimate(model, [X])),
+            ("mc_dropout", lambda model: bnext.mc_dropout(model, X)),
+            ("stats_updates", lambda model: nn.stats_updates(model, False).__enter__()),
+            ("use_bank", lambda model: nn.use_bank(model, "a").__enter__()),
+            ("BatchNormScaling", BatchNormScaling),
+            ("BNP", BNP),
+        )
+    ),
     # generators, threads, backends
     (lambda: bnext.Generator(-1), ValueError, r"Generator: seed: expected 0 <= seed < 2\*\*64, got -1"),
     (lambda: bnext.Generator(2**64), ValueError, r"seed: expected 0 <= seed < 2\*\*64"),
@@ -178,6 +210,19 @@ BAD_CALLS = [
     (lambda: nn.Dropout(2), ValueError, r"Dropout: p: expected a number in \[0, 1\], got 2"),
     (lambda: nn.Dropout("a"), TypeError, "Dropout: p: expected a number, got str"),
     (lambda: layer(nn.Dropout2d(0.5), X[0]), ValueError, r"Dropout2d: expected \(N, C, H, W\), got shape \(3, 5, 5\)"),
+    (lambda: nn.BatchNorm(2.5), TypeError, "BatchNorm: num_features: expected an integer, got 2.5"),
+    (lambda: nn.BatchNorm(3, negative_slope=np.inf), ValueError, "BatchNorm: negative_slope: expected a finite number, got inf"),
+    (lambda: nn.BatchNorm(3, generator=7), TypeError, "BatchNorm: generator: expected a bnext.Generator or None, got int"),
+    (lambda: nn.BatchNorm(3, dtype=None), TypeError, "BatchNorm: dtype: expected float32 or float64, got None"),
+    (lambda: nn.BatchNorm(3, dtype="wide"), TypeError, "BatchNorm: dtype: expected float32 or float64, got 'wide'"),
+    (lambda: nn.BatchNorm(3, banks=3), TypeError, "BatchNorm: banks: expected names, got 3"),
+    (lambda: nn.BatchNorm(3, channel_axis=1.0), TypeError, "BatchNorm: channel_axis: expected 1 or -1, got 1.0"),
+    (lambda: nn.Dropout2d(0.5, channel_axis="last"), TypeError, "Dropout2d: channel_axis: expected 1 or -1, got 'last'"),
+    (lambda: nn.Dropout(generator="x"), TypeError, "Dropout: generator: expected a bnext.Generator or None, got str"),
+    (lambda: layer(nn.Dropout(0.5), X.astype(int), train=False), TypeError, "Dropout: x: expected float32, .*, got int64"),
+    (lambda: layer(nn.ReLU(), np.ma.masked_array(X, X > 0)), TypeError, "ReLU: x: expected an array without masked values"),
+    (lambda: softmax_cross_entropy(np.ma.masked_array(ROWS, ROWS > 0), [0, 1]), TypeError, "softmax_cross_entropy: logits: expected an array without masked"),
+    (lambda: nn.LeakyReLU("x"), TypeError, "LeakyReLU: negative_slope: expected a number, got str"),
     (lambda: nn.BatchNorm(3).load_state_dict({}), ValueError, "BatchNorm.load_state_dict: missing key 'bias'"),
     (lambda: nn.BatchNorm(3).load_state_dict(nn.BatchNorm(4).state_dict()), ValueError, r"'bias': expected shape \(3,\), got \(4,\)"),
 ]  # fmt: skip

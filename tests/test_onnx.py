@@ -142,6 +142,10 @@ UNLIKE = {
             (nn.GaussianDropout, IMAGE),
         )
     },
+    "dropout of everything": (
+        nn.Sequential(nn.Dropout(1.0), nn.BatchNorm(7, dropout=1.0), nn.ReLU()),
+        VECTOR,
+    ),
     "DropBlock2d": (nn.Sequential(nn.DropBlock2d(0.3, 3), nn.ReLU()), IMAGE),
     "statistics of the input": (nn.Sequential(nn.InputStatistics(4), nn.Conv2d(4, 2, 3)), IMAGE),
     "nothing": (nn.Sequential(), VECTOR),
@@ -309,7 +313,10 @@ def test_batch_norm_without_running_statistics():
     x = batch(IMAGE)
     (y,) = run(proto, x)
     assert_near(layer(x), y)
-    assert_near(bnext.onnx.load(proto).forward(x)[0], y)
+    loaded = bnext.onnx.load(proto)
+    assert_near(loaded.forward(x)[0], y)
+    assert_near(loaded(x), y)
+    assert not loaded.track_running_stats
 
 
 def test_frozen_batch_norm_in_training():
@@ -823,7 +830,6 @@ class Unknown(nn.BatchNorm):
         (nn.ReLU(), (2.5,), {}, TypeError, "onnx.export: input_shape: expected an integer"),
         (nn.Linear(4, 2), (5,), {}, ValueError, r"Linear: x: expected shape \(\*, 4\)"),
         (nn.Conv2d(4, 2, 3), (4, 2, 2), {}, ValueError, "Conv2d: x: expected a height"),
-        (nn.Dropout(1.0), (4,), {}, ValueError, "onnx.export: model: p: expected less than 1"),
         *(
             (layer, (4,), dict(training=True), ValueError, f"onnx.export: model: {message}")
             for layer, message in (
@@ -831,6 +837,7 @@ class Unknown(nn.BatchNorm):
                 (nn.BatchNorm(4, channel_mask=[True] * 4), "channel_mask: expected None"),
                 (nn.BatchRenorm(4), "expected another layer than BatchRenorm"),
                 (nn.AlphaDropout(0.5), "expected another layer than AlphaDropout"),
+                (nn.Dropout(1.0), "p: expected less than 1"),
             )
         ),
         (

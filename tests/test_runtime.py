@@ -79,6 +79,28 @@ print(before, alive(), bool((z == tiny).all()), bool((d == tiny).all()))
         assert python(code, BNEXT_BACKEND=name) == "True True True True"
 
 
+def test_import_leaves_what_it_does_not_need_for_later():
+    code = """
+import sys, bnext
+print([name for name in bnext._MODULES if f"bnext.{name}" in sys.modules])
+print(*sorted({"compare", "losses"} & set(dir(bnext))))
+from bnext import *
+print(compare.__module__, doctor.__module__, bnext.losses.__name__, hasattr(bnext, "nothing"))
+"""
+    loaded, shown, used = python(code).split("\n")
+    assert loaded == "[]"
+    assert shown == "compare losses"
+    assert used == "bnext.comparison bnext.diagnosis._doctor bnext.losses False"
+
+
+def test_every_public_module_is_an_attribute():
+    names = {module.name for module in pkgutil.iter_modules(bnext.__path__)}
+    public = {name for name in names if not name.startswith("_")}
+    # A program, and what needs more than NumPy to be of use.
+    for name in public - {"cli", "study", "torch"}:
+        assert getattr(bnext, name).__name__ == f"bnext.{name}"
+
+
 def test_import_twice_in_one_process_is_harmless():
     code = "import bnext, importlib; importlib.reload(bnext); print(bnext.__version__)"
     assert python(code) == bnext.__version__

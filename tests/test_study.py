@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -91,7 +92,10 @@ def test_experiment_is_complete(experiment):
             assert set(item.anchors) <= set(ANCHORS)
             assert set(item.says) <= {"higher", "lower", "same", "open"}
             assert "same" not in {*item.says, *item.anchors.values()} or item.margin is not None
-            assert all("{effect}" in sentence for sentence in item.says.values()), item.says
+            for sentence in item.says.values():
+                assert "{effect}" in sentence or "{size}" in sentence, sentence
+                # Words that have a direction already.
+                assert not re.search(r"costs? \{effect}|(more|less)\b.*by \{effect}", sentence)
             for outcomes in item.claims.values():
                 assert "open" not in outcomes, "what is open decides nothing"
                 assert "same" not in outcomes or item.margin is not None
@@ -294,17 +298,38 @@ def test_ratios_are_tested_as_logarithms():
     assert middle == pytest.approx(np.exp(np.log(a).mean()))
     assert low < middle < high
     assert judged.outcome == "higher"
-    assert "times" in judged.effect
+    assert judged.effect == judged.size == "2.08 times [1.93, 2.24]"
     (zero,) = judge([Contrast("c", np.zeros(6), np.ones(6), unit="times")])
     assert zero.outcome == "open"
     assert math.isnan(zero.figures[0])
 
 
 def test_sentences_carry_their_figures_or_are_not_said():
-    says = {"higher": "It helps by {effect}."}
-    helps, nothing = judge([Contrast("a", ONE_SIDE, says=says), Contrast("b", NOISE, says=says)])
-    assert helps.sentence == "It helps by +1.1 points [+0.93, +1.2]."
+    says = {"higher": "It helps by {effect}.", "lower": "It costs {size}."}
+    helps, nothing, costs = judge(
+        [
+            Contrast(name, values, says=says)
+            for name, values in (("a", ONE_SIDE), ("b", NOISE), ("c", -ONE_SIDE))
+        ]
+    )
+    assert helps.sentence == "It helps by +1.08 points [+0.93, +1.24]."
     assert nothing.sentence is None
+    assert costs.effect == "\N{MINUS SIGN}1.08 points [\N{MINUS SIGN}1.24, \N{MINUS SIGN}0.93]"
+    assert costs.sentence == "It costs 1.08 points [0.93, 1.24]."
+
+
+@pytest.mark.parametrize(
+    ("factors", "effect"),
+    [
+        ([0.999, 1.001, 1.0, 1.0], "1.000 times [0.999, 1.001]"),
+        ([3.0, 9.0, 7.0, 12.0], "6.9 times [2.7, 17.9]"),
+        ([200.0, 400.0, 250.0, 300.0], "278 times [175, 444]"),
+        ([0.25] * 4, "0.25 times [0.25, 0.25]"),
+    ],
+)
+def test_figures_have_the_digits_that_their_interval_has(factors, effect):
+    (judged,) = judge([Contrast("c", np.array(factors), np.ones(4), unit="times")])
+    assert judged.effect == effect
 
 
 @pytest.mark.parametrize(

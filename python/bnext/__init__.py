@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 from bnext import _core, conventions, functional, nn
 from bnext._core import (
@@ -21,12 +23,14 @@ from bnext._core import (
     set_buffer_limit,
     set_num_threads,
 )
-from bnext.comparison import advise, compare
-from bnext.diagnosis import doctor
 from bnext.folding import fold
 from bnext.random import Generator, manual_seed
 from bnext.reestimation import reestimate
 from bnext.uncertainty import mc_dropout
+
+if TYPE_CHECKING:
+    from bnext.comparison import advise, compare
+    from bnext.diagnosis import doctor
 
 __all__ = [
     "Generator",
@@ -47,6 +51,41 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
+
+
+# What trains, measures and reports is loaded when it is first asked for.
+_LATER = {"advise": "comparison", "compare": "comparison", "doctor": "diagnosis"}
+_MODULES = (
+    "checkpoint",
+    "comparison",
+    "data",
+    "diagnosis",
+    "losses",
+    "models",
+    "onnx",
+    "optim",
+    "regularizers",
+    "scaling",
+    "schedules",
+    "train",
+)
+
+
+# Hidden from type checkers, for which every name would be one of ours.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"bnext.{name}")
+        if name in _LATER:
+            value = getattr(importlib.import_module(f"bnext.{_LATER[name]}"), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'bnext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, *_MODULES})
 
 
 def show_config() -> None:

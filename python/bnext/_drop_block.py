@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bnext import _core
 from bnext._core import Generator, dropout_mask
-from bnext._pieces import each_piece, factor, gradient, probability
+from bnext._pieces import each_piece, factor, gradient, integer, probability, sizes
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -62,9 +61,9 @@ def drop_block2d_mask(
     111111111111
     """
     operation = "drop_block2d_mask"
-    n, c, height, width = _images(operation, tuple(shape))
+    n, c, height, width = shape = _images(operation, "shape", sizes(operation, "shape", shape))
     p = probability(operation, p)
-    block = min(_block_size(operation, block_size), height, width)
+    block = min(integer(operation, "block_size", block_size, 1), height, width)
     kept = np.ones((n * c, height, width), np.bool_)
     if kept.size == 0:
         return kept.reshape(shape)
@@ -147,17 +146,16 @@ def drop_block2d_forward(
     """
     operation = "drop_block2d_forward"
     p = probability(operation, p)
-    block_size = _block_size(operation, block_size)
+    block_size = integer(operation, "block_size", block_size, 1)
     array, y = _core.prepare(operation, "x", x, out)
-    shape = _images(operation, array.shape)
-    if mask_shape is None:
-        mask_shape = shape
-    elif tuple(mask_shape) not in (shape, (1, *shape[1:])):
+    shape = _images(operation, "x", array.shape)
+    mask_shape = shape if mask_shape is None else sizes(operation, "mask_shape", mask_shape)
+    if mask_shape not in (shape, (1, *shape[1:])):
         raise ValueError(
             f"{operation}: mask_shape: expected {shape} or {(1, *shape[1:])}, got {mask_shape}"
         )
     seed, offset = _core.draw(operation, generator, p > 0)
-    saved = DropBlock2dSaved(p, block_size, seed, offset, shape, tuple(mask_shape))
+    saved = DropBlock2dSaved(p, block_size, seed, offset, shape, mask_shape)
     _drop_blocks(array, saved, y)
     return y, saved
 
@@ -209,17 +207,7 @@ def _drop_blocks(x: Array, saved: DropBlock2dSaved, y: Array) -> None:
     each_piece(task, len(from_planes), from_planes[0].size)
 
 
-def _images(operation: str, shape: Shape) -> tuple[int, int, int, int]:
+def _images(operation: str, argument: str, shape: Shape) -> tuple[int, int, int, int]:
     if len(shape) != 4:
-        raise ValueError(f"{operation}: x: expected (N, C, H, W), got shape {shape}")
+        raise ValueError(f"{operation}: {argument}: expected (N, C, H, W), got shape {shape}")
     return shape
-
-
-def _block_size(operation: str, value: SupportsIndex) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{operation}: block_size: expected an integer, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{operation}: block_size: expected 1 or more, got {number}")
-    return number

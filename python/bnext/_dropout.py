@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bnext import _pieces
 from bnext._core import (
     DropoutSaved,
     Generator,
@@ -22,15 +23,14 @@ Shape = tuple[int, ...]
 
 def channel_mask_shape(operation: str, shape: Shape, channel_axis: int = 1) -> Shape:
     """Shape of a mask with one element for each channel of each sample."""
-    if channel_axis not in (1, -1):
-        raise ValueError(f"{operation}: channel_axis: expected 1 or -1, got {channel_axis}")
+    axis = _pieces.channel_axis(operation, channel_axis)
     if len(shape) < 2:
         raise ValueError(
             f"{operation}: x: expected 2 or more dimensions, (N, C, *) or (N, *, C), "
             f"got shape {shape}"
         )
     mask_shape = [1] * len(shape)
-    mask_shape[0], mask_shape[channel_axis] = shape[0], shape[channel_axis]
+    mask_shape[0], mask_shape[axis] = shape[0], shape[axis]
     return tuple(mask_shape)
 
 
@@ -192,7 +192,9 @@ def channel_dropout_mask(
     >>> F.channel_dropout_mask(0, 0, (2, 3, 8, 8), 0.5).shape
     (2, 3, 1, 1)
     """
-    mask_shape = channel_mask_shape("channel_dropout_mask", tuple(shape), channel_axis)
+    operation = "channel_dropout_mask"
+    shape = _pieces.sizes(operation, "shape", shape)
+    mask_shape = channel_mask_shape(operation, shape, channel_axis)
     return dropout_mask(seed, offset, mask_shape, p)
 
 
@@ -207,4 +209,6 @@ def drop_path_mask(seed: int, offset: int, shape: Shape, p: float) -> npt.NDArra
     >>> F.drop_path_mask(0, 0, (2, 3, 8, 8), 0.5).shape
     (2, 1, 1, 1)
     """
-    return dropout_mask(seed, offset, sample_mask_shape("drop_path_mask", tuple(shape)), p)
+    operation = "drop_path_mask"
+    shape = _pieces.sizes(operation, "shape", shape)
+    return dropout_mask(seed, offset, sample_mask_shape(operation, shape), p)

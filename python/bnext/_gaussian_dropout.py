@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from bnext import _core
 from bnext._core import Generator, gaussian_dropout_noise
-from bnext._pieces import each_piece, gradient, probability
+from bnext._pieces import each_piece, gradient, probability, sizes
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -86,7 +86,10 @@ def gaussian_dropout_forward(
     operation = "gaussian_dropout_forward"
     p = _gaussian_probability(operation, p)
     array, y = _core.prepare(operation, "x", x, out)
-    mask_shape = array.shape if mask_shape is None else tuple(mask_shape)
+    if mask_shape is None:
+        mask_shape = array.shape
+    else:
+        mask_shape = sizes(operation, "mask_shape", mask_shape)
     if len(mask_shape) != array.ndim or any(
         m not in (1, s) for m, s in zip(mask_shape, array.shape, strict=True)
     ):

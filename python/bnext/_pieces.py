@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,38 @@ def probability(operation: str, p: float) -> float:
     if not 0 <= p <= 1:
         raise ValueError(f"{operation}: p: expected a probability in [0, 1], got {p:g}")
     return float(p)
+
+
+def integer(operation: str, argument: str, value: SupportsIndex, least: int) -> int:
+    """`value` as an int >= `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{operation}: {argument}: expected an integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{operation}: {argument}: expected {least} or more, got {number}")
+    return number
+
+
+def sizes(operation: str, argument: str, value: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """`value` as a shape; whose sizes it may have is for others to say."""
+    try:
+        return tuple(operator.index(size) for size in value)
+    except TypeError:
+        raise TypeError(
+            f"{operation}: {argument}: expected a tuple of integers, got {value!r}"
+        ) from None
+
+
+def channel_axis(operation: str, value: SupportsIndex) -> int:
+    """`value` as an int, 1 or -1."""
+    try:
+        axis = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{operation}: channel_axis: expected 1 or -1, got {value!r}") from None
+    if axis not in (1, -1):
+        raise ValueError(f"{operation}: channel_axis: expected 1 or -1, got {axis}")
+    return axis
 
 
 def gradient(

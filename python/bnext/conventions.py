@@ -22,14 +22,15 @@ multiplied by ``count / (count - 1)``, as if they had been collected here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from bnext._dtypes import parameter_dtype
+from bnext._dtypes import is_half, parameter_dtype
+from bnext._pieces import integer
 from bnext.nn.batchnorm import BatchNorm
 from bnext.nn.module import Array, number
 
@@ -77,10 +78,16 @@ def from_torch(module: Any) -> Converted:
             "from_torch: module: expected a torch.nn.BatchNorm, got "
             f"{type(module).__name__} without {', '.join(missing)}"
         )
-    state = {name: np.asarray(tensor.cpu()) for name, tensor in module.state_dict().items()}
+    state = {name: _array(tensor.cpu()) for name, tensor in module.state_dict().items()}
     options = {name: getattr(module, name) for name in names}
     dtype = next((a.dtype for name, a in state.items() if name != "num_batches_tracked"), None)
     return Converted(options | {"dtype": parameter_dtype(dtype)}, state)
+
+
+def _array(tensor: Any) -> Array:
+    # NumPy has no bfloat16.
+    half = tensor.is_floating_point() and tensor.element_size() < 4
+    return np.asarray(tensor.float() if half else tensor)
 
 
 def from_keras(
@@ -108,6 +115,7 @@ def from_keras(
     ValueError
         For another axis than 1 or -1, and weights that do not fit.
     """
+    _check_mapping("from_keras", "config", config)
     axis = config.get("axis", -1)
     axis = axis[0] if isinstance(axis, (list, tuple)) and len(axis) == 1 else axis
     if axis not in (1, -1):
@@ -116,7 +124,7 @@ def from_keras(
         )
     scale, center = config.get("scale", True), config.get("center", True)
     options = {
-        "eps": number("from_keras", "epsilon", config.get("epsilon", 1e-3)),
+        "eps": _epsilon("from_keras", config.get("epsilon", 1e-3)),
         "momentum": _of_new_batch("from_keras", config.get("momentum", 0.99)),
         "affine": bool(scale or center),
         "channel_axis": axis,
@@ -124,7 +132,7 @@ def from_keras(
     if weights is None:
         return Converted(options, {})
     names = ["weight"] * bool(scale) + ["bias"] * bool(center) + ["running_mean", "running_var"]
-    return _with_state("from_keras", options, names, weights, count)
+    return _with_state("from_keras", "weights", options, names, weights, count)
 
 
 def from_onnx(
@@ -149,10 +157,11 @@ def from_onnx(
     ValueError
         For inputs that do not fit, and attributes of opsets before 9.
     """
+    _check_mapping("from_onnx", "attributes", attributes)
     if attributes.get("spatial", 1) != 1:
         raise ValueError("from_onnx: spatial: expected 1, got 0 (opset 8 or earlier)")
     options = {
-        "eps": number("from_onnx", "epsilon", attributes.get("epsilon", 1e-5)),
+        "eps": _epsilon("from_onnx", attributes.get("epsilon", 1e-5)),
         "momentum": _of_new_batch("from_onnx", attributes.get("momentum", 0.9)),
         "affine": True,
         "channel_axis": 1,
@@ -160,7 +169,21 @@ def from_onnx(
     if inputs is None:
         return Converted(options, {})
     names = ["weight", "bias", "running_mean", "running_var"]
-    return _with_state("from_onnx", options, names, inputs, count)
+    return _with_state("from_onnx", "inputs", options, names, inputs, count)
+
+
+def _check_mapping(function: str, argument: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{function}: {argument}: expected a mapping of names to values, "
+            f"got {type(given).__name__}"
+        )
+
+
+def _epsilon(function: str, epsilon: Any) -> float:
+    if not 0 <= number(function, "epsilon", epsilon) < np.inf:
+        raise ValueError(f"{function}: epsilon: expected a finite number >= 0, got {epsilon!r}")
+    return float(epsilon)
 
 
 def _of_new_batch(function: str, of_old: Any) -> float:
@@ -181,18 +204,28 @@ def other_momentum(momentum: float) -> float:
 
 def _with_state(
     function: str,
+    argument: str,
     options: dict[str, Any],
     names: Sequence[str],
     given: Sequence[npt.ArrayLike],
     count: int | None,
 ) -> Converted:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"{function}: {argument}: expected a sequence of arrays, got {type(given).__name__}"
+        )
     arrays = [np.asarray(array) for array in given]
     shapes = [array.shape for array in arrays]
     if len(arrays) != len(names) or len(set(shapes)) != 1 or arrays[0].ndim != 1:
         raise ValueError(
-            f"{function}: expected {len(names)} arrays of one shape (C,) for {', '.join(names)}, "
-            f"got {len(arrays)} of shapes {shapes}"
+            f"{function}: {argument}: expected {len(names)} arrays of one shape (C,) for "
+            f"{', '.join(names)}, got {len(arrays)} of shapes {shapes}"
         )
+    for name, array in zip(names, arrays, strict=True):
+        if array.dtype.kind not in "iuf" and not is_half(array.dtype):
+            raise TypeError(
+                f"{function}: {argument}: {name}: expected real numbers, got {array.dtype}"
+            )
     dtype = parameter_dtype(arrays[0].dtype)
     features = len(arrays[0])
     state = {"weight": np.ones(features, dtype), "bias": np.zeros(features, dtype)}
@@ -200,10 +233,11 @@ def _with_state(
         state.clear()
     state |= {name: array.astype(dtype) for name, array in zip(names, arrays, strict=True)}
     if not (state["running_var"] >= 0).all():
-        raise ValueError(f"{function}: running_var: expected no negative variance and no NaN")
+        raise ValueError(
+            f"{function}: {argument}: running_var: expected no negative variance and no NaN"
+        )
     if count is not None:
-        if count < 2:
-            raise ValueError(f"{function}: count: expected 2 or more, got {count}")
+        count = integer(function, "count", count, 2)
         state["running_var"] = (state["running_var"] * (count / (count - 1))).astype(dtype)
     state["num_batches_tracked"] = np.zeros((), np.int64)
     return Converted({"num_features": features, **options, "dtype": dtype}, state)

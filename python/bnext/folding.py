@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bnext import nn
+from bnext.nn import _check
 from bnext.nn.activation import activation_layer
 from bnext.nn.batchnorm import batch_norms
-from bnext.nn.module import Array, Module, Parameter
+from bnext.nn.module import Array, Module, Parameter, number
 
 __all__ = ["Folded", "fold"]
 
@@ -84,12 +85,14 @@ def fold(model: Module, probe: npt.ArrayLike, *, tolerance: float = 1e-4) -> Fol
     >>> result.folded, bool(result.error < 1e-6)
     ({'1': '0'}, True)
     """
-    for module in model.modules():
+    for module in _check.model("fold", model).modules():
         if module.training:
             raise ValueError(
                 f"fold: model: expected evaluation mode, got {module.label} in training mode; "
                 "call eval() first"
             )
+    if not number("fold", "tolerance", tolerance) >= 0:
+        raise ValueError(f"fold: tolerance: expected a number >= 0, got {tolerance}")
     result = copy.deepcopy(model)
     uses = Counter(id(child) for module in result.modules() for child in module.children())
     kept = {name: "no Conv2d or Linear directly before it" for name, _ in batch_norms(result)}
@@ -112,7 +115,8 @@ def fold(model: Module, probe: npt.ArrayLike, *, tolerance: float = 1e-4) -> Fol
             folded[name] = f"{prefix}{before}"
             kept.pop(name, None)
     probe = np.asanyarray(probe)
-    expected, y = (np.asarray(run(probe), np.float64) for run in (model, result))
+    with np.errstate(all="ignore"):
+        expected, y = (np.asarray(run(probe), np.float64) for run in (model, result))
     error = float(abs(y - expected).max(initial=0))
     allowed = tolerance * (1 + float(abs(expected).max(initial=0)))
     if not error <= allowed:
@@ -145,11 +149,12 @@ def _absorb(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm) -> None:
         value = values[name]
         return np.full(norm.num_features, default) if value is None else value.astype(np.float64)
 
-    scale = wide("weight", 1) / np.sqrt(wide("var", 1) + values["eps"])
     bias = 0 if layer.bias is None else layer.bias.data.astype(np.float64)
-    shifted = scale * (bias - wide("mean", 0)) + wide("bias", 0)
     weight = layer.weight.data
-    weight[...] = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    with np.errstate(all="ignore"):  # what is not finite is seen on the probe
+        scale = wide("weight", 1) / np.sqrt(wide("var", 1) + values["eps"])
+        shifted = scale * (bias - wide("mean", 0)) + wide("bias", 0)
+        weight[...] = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
     layer.bias = Parameter(shifted.astype(weight.dtype), decay=False)
 
 

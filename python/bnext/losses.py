@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, overload
+from typing import Literal, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from bnext.nn import _check
 from bnext.nn.module import Array, Backward, Module, Parameter, number
 
 __all__ = [
@@ -462,6 +463,8 @@ class UncertaintyWeighting(Module):
     def __init__(self, tasks: Sequence[str | float], *, dtype: npt.DTypeLike = np.float32) -> None:
         super().__init__()
         kind = type(self).__name__
+        if not hasattr(tasks, "__len__"):
+            raise TypeError(f"{kind}: tasks: expected one for each loss, got {tasks!r}")
         if isinstance(tasks, str) or not len(tasks):
             raise ValueError(f"{kind}: tasks: expected one for each loss, got {tasks!r}")
         factors = []
@@ -473,14 +476,12 @@ class UncertaintyWeighting(Module):
             if not 0 < factor < np.inf:
                 raise ValueError(f"{kind}: tasks: expected finite numbers > 0, got {task!r}")
             factors.append(factor)
-        wanted = np.dtype(dtype)
-        if wanted not in (np.float32, np.float64):
-            raise TypeError(f"{kind}: dtype: expected float32 or float64, got {wanted}")
+        dtype = _check.weight_dtype(kind, dtype)
         self.factors = np.array(factors)
-        self.log_variances = Parameter(np.zeros(len(factors), wanted), decay=False)
+        self.log_variances = Parameter(np.zeros(len(factors), dtype), decay=False)
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
-        losses = np.asarray(x, np.float64)
+        losses = _numbers(self.label, "losses", x)
         if losses.shape != self.factors.shape:
             raise ValueError(
                 f"{self.label}: losses: expected shape {self.factors.shape}, got {losses.shape}"
@@ -492,7 +493,7 @@ class UncertaintyWeighting(Module):
         total = np.asarray(np.sum(weighted + s / 2))
 
         def backward(grad_loss: npt.ArrayLike = 1.0) -> Array:
-            scale = np.asarray(grad_loss, np.float64)
+            scale = _scale(self.label, grad_loss, (), "sum")
             self.log_variances.accumulate(scale * (0.5 - weighted))
             grad: Array = scale * weights
             return grad
@@ -570,10 +571,18 @@ class _Classes:
 
 
 def _floating(where: str, logits: npt.ArrayLike) -> Array:
-    array = np.asarray(logits)
+    array = _check.native(where, "logits", logits)
     if not np.issubdtype(array.dtype, np.floating):
         raise TypeError(f"{where}: logits: expected floating point, got {array.dtype}")
     return array
+
+
+def _numbers(where: str, name: str, values: npt.ArrayLike) -> Array:
+    """`values` in float64."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{where}: {name}: expected numbers, got {array.dtype}")
+    return array.astype(np.float64)
 
 
 def _at_least_0(where: str, name: str, value: float) -> float:
@@ -592,10 +601,7 @@ def _weights(
     most: float = np.inf,
 ) -> Array:
     """One weight in [0, most] for each class; with `scalar`, also one for all of them."""
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{where}: {name}: expected numbers, got {array.dtype}")
-    array = array.astype(np.float64)
+    array = _numbers(where, name, values)
     if array.ndim == 0 and scalar:
         array = np.full(classes, array)
     if array.shape != (classes,):
@@ -621,7 +627,7 @@ def _reduced(losses: Array, count: float, reduction: str) -> float | Array:
 
 def _scale(where: str, grad_loss: npt.ArrayLike, shape: tuple[int, ...], reduction: str) -> Array:
     """`grad_loss` checked: one number, or with reduction "none" also one for each loss."""
-    scale: np.ndarray[Any, Any] = np.asarray(grad_loss, np.float64)
+    scale = _numbers(where, "grad_loss", grad_loss)
     if scale.shape != () and (reduction != "none" or scale.shape != shape):
         expected = "a number" if reduction != "none" else f"a number or shape {shape}"
         raise ValueError(f"{where}: grad_loss: expected {expected}, got shape {scale.shape}")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnext._table import Table
+from bnext.nn import _check
 from bnext.nn._normalize import Moments
 from bnext.nn.batchnorm import BatchNorm, batch_norms
 from bnext.nn.module import Module
@@ -89,8 +90,13 @@ def reestimate(model: Module, loader: Iterable[Any]) -> Table[Reestimated]:
     name  values  mean_before  mean_after  var_before  var_after  mean_shift  var_ratio
     1     8       0            3.5         1           6          1.429       0.1667
     """
+    _check.model("reestimate", model)
     if isinstance(loader, np.ndarray):
         raise TypeError("reestimate: loader: expected an iterable of batches, got an array: [x]?")
+    if not isinstance(loader, Iterable):
+        raise TypeError(
+            f"reestimate: loader: expected an iterable of batches, got {type(loader).__name__}"
+        )
     layers = {
         name: layer
         for name, layer in batch_norms(model)

@@ -118,6 +118,10 @@ def checked_limit(where: str, name: str, limit: float) -> float:
 
 
 def _listed(where: str, parameters: Parameters) -> list[Parameter]:
+    if not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"{where}: parameters: expected several, got one {type(parameters).__name__}"
+        )
     found = [item[1] if isinstance(item, tuple) else item for item in parameters]
     for parameter in found:
         if not isinstance(parameter, Parameter):

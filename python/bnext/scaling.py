@@ -6,6 +6,7 @@ weight whose output is normalized; `BNP` preconditions layers that have no norma
 
 from __future__ import annotations
 
+import numbers
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnext.nn import BatchNorm, Conv2d, InputStatistics, Linear, Residual, Sequential
+from bnext.nn import BatchNorm, Conv2d, InputStatistics, Linear, Residual, Sequential, _check
 from bnext.nn.module import Array, Module, Parameter, number
 
 __all__ = ["BNP", "BatchNormScaling", "GradientScaling"]
@@ -140,7 +141,7 @@ class BatchNormScaling(GradientScaling):
         self._set(alpha, ref, (0.0, np.inf) if clip is None else clip, divide_by_weight)
         found = {
             (first, second): _Normed(layer, norm)
-            for first, layer, second, norm in _neighbours(model)
+            for first, layer, second, norm in _neighbours("BatchNormScaling", model)
             if isinstance(layer, Conv2d | Linear)
             and isinstance(norm, BatchNorm)
             and norm.track_running_stats
@@ -169,6 +170,7 @@ class BatchNormScaling(GradientScaling):
             )
         if (
             np.shape(clip) != (2,)
+            or not all(isinstance(limit, numbers.Real) for limit in clip)
             or not 0 <= clip[0] <= clip[1]
             or clip[1] == 0
             or clip[0] == np.inf
@@ -302,7 +304,7 @@ class BNP(GradientScaling):
         self._set(eps)
         found = {
             (first, second): _Observed(statistics, layer, layer.bias)
-            for first, statistics, second, layer in _neighbours(model)
+            for first, statistics, second, layer in _neighbours("BNP", model)
             if isinstance(statistics, InputStatistics)
             and isinstance(layer, Conv2d | Linear)
             and layer.bias is not None
@@ -359,9 +361,9 @@ class BNP(GradientScaling):
 
 
 # -- finding pairs ---------------------------------------------------------------------
-def _neighbours(model: Module) -> Iterator[tuple[str, Module, str, Module]]:
+def _neighbours(kind: str, model: Module) -> Iterator[tuple[str, Module, str, Module]]:
     """Layers of which one gets the other's output and nobody else does, with their names."""
-    places = list(_places("", model))
+    places = list(_places("", _check.model(kind, model)))
 
     def parts(layer: Module) -> list[int]:
         return [id(part) for part in (layer, *layer.parameters())]

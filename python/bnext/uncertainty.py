@@ -87,8 +87,8 @@ def mc_dropout(
     >>> mean.shape, std.shape, bool((std > 0).any())
     ((3, 8), (3, 8), True)
     """
-    if not isinstance(model, Module):
-        raise TypeError(f"mc_dropout: model: expected a Module, got {type(model).__name__}")
+    _check.model("mc_dropout", model)
+    _check.generator("mc_dropout", generator)
     count = _check.integer("mc_dropout", "samples", samples, 1)
     x = np.asanyarray(x)
     mean: Array | float = 0.0

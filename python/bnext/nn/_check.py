@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import operator
+import math
 from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from bnext import _dtypes
-from bnext.nn.module import Array, Module
+
+# For layers as for operations.
+from bnext._pieces import channel_axis as channel_axis
+from bnext._pieces import integer as integer
+from bnext.nn.module import Array, Module, number
+from bnext.random import Generator
 
 Pair = tuple[int, int]
 
 _WEIGHTS = (np.float32, np.float64)
 
 
+def native(where: str, argument: str, x: npt.ArrayLike) -> Array:
+    """`x` as an array of this machine's byte order; TypeError if some of it is masked."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        raise TypeError(
+            f"{where}: {argument}: expected an array without masked values, got a masked array"
+        )
+    array = np.asarray(x)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 def floating(module: Module, x: npt.ArrayLike, dtype: np.dtype[Any] | None = None) -> Array:
     """`x` as an array of `dtype`, by default of any of ours; TypeError if it is another."""
-    array = np.asarray(x)
+    array = native(module.label, "x", x)
     if dtype is None:
         if array.dtype.name not in _dtypes.DATA:
             raise TypeError(f"{module.label}: x: expected {_dtypes.NAMES}, got {array.dtype}")
@@ -38,7 +53,7 @@ def images(
 
     Without `dtype`, float32 or float64: convolution and pooling have no half types.
     """
-    array = np.asarray(x) if dtype is None else floating(module, x, dtype)
+    array = native(module.label, "x", x) if dtype is None else floating(module, x, dtype)
     if array.dtype not in _WEIGHTS:
         raise TypeError(f"{module.label}: x: expected float32 or float64, got {array.dtype}")
     if array.ndim != 4:
@@ -52,7 +67,7 @@ def images(
 
 def gradient(module: Module, grad_y: npt.ArrayLike, y: tuple[int, ...], dtype: Any) -> Array:
     """`grad_y` as a contiguous array with the shape of `y` and `dtype`."""
-    array = np.asarray(grad_y)
+    array = native(module.label, "grad_y", grad_y)
     if array.shape != y:
         raise ValueError(f"{module.label}: grad_y: expected shape {y}, got {array.shape}")
     if array.dtype != dtype:
@@ -60,23 +75,39 @@ def gradient(module: Module, grad_y: npt.ArrayLike, y: tuple[int, ...], dtype: A
     return np.asarray(array, order="C")
 
 
+def finite(kind: str, name: str, value: float) -> float:
+    """`value` as a finite float."""
+    value = number(kind, name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{kind}: {name}: expected a finite number, got {value}")
+    return value
+
+
 def weight_dtype(kind: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
     """`dtype` as a NumPy dtype; TypeError unless it is float32 or float64."""
-    wanted = np.dtype(dtype)
+    try:
+        wanted = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        wanted = None
     if wanted not in _WEIGHTS:
-        raise TypeError(f"{kind}: dtype: expected float32 or float64, got {wanted}")
+        raise TypeError(f"{kind}: dtype: expected float32 or float64, got {wanted or repr(dtype)}")
     return wanted
 
 
-def integer(kind: str, name: str, value: SupportsIndex, least: int) -> int:
-    """`value` as an int >= `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{kind}: {name}: expected an integer, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{kind}: {name}: expected {least} or more, got {number}")
-    return number
+def generator(kind: str, given: Generator | None) -> Generator | None:
+    """`given`; TypeError unless it is one of ours or None."""
+    if given is not None and not isinstance(given, Generator):
+        raise TypeError(
+            f"{kind}: generator: expected a bnext.Generator or None, got {type(given).__name__}"
+        )
+    return given
+
+
+def model(operation: str, given: Module) -> Module:
+    """`given`; TypeError unless it is a Module."""
+    if not isinstance(given, Module):
+        raise TypeError(f"{operation}: model: expected a Module, got {type(given).__name__}")
+    return given
 
 
 def pair(

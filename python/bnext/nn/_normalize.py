@@ -310,6 +310,7 @@ def _by_part(
     if positions is not None:
         counts = counts & positions
 
+    @np.errstate(all="ignore")
     def gradients(grad_y: Array, out: Array | None) -> Gradients:
         grads = constant.gradients(grad_y, out)
         sum_g = np.asarray(grads.bias, np.float64)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnext.nn import _check
 from bnext.nn._normalize import Moments
 from bnext.nn.module import Array, Module
 
@@ -52,7 +53,7 @@ class RunningStats(Module):
     def _add_running_stats(self, banks: Iterable[str], dtype: np.dtype[Any]) -> None:
         """The last of what a layer's constructor does: banks may not take its attributes' names."""
         kind = type(self).__name__
-        if isinstance(banks, str):
+        if isinstance(banks, str) or not isinstance(banks, Iterable):
             raise TypeError(f"{kind}: banks: expected names, got {banks!r}")
         self.banks = tuple(banks)
         if self.banks and not self.track_running_stats:
@@ -217,8 +218,9 @@ def _register_running_stats(module: Module, num_features: int, dtype: np.dtype[A
     module.register_buffer("num_batches_tracked", np.zeros((), np.int64))
 
 
-def _layers(model: Module) -> list[RunningStats]:
-    return [module for module in model.modules() if isinstance(module, RunningStats)]
+def _layers(operation: str, model: Module) -> list[RunningStats]:
+    modules = _check.model(operation, model).modules()
+    return [module for module in modules if isinstance(module, RunningStats)]
 
 
 @contextmanager
@@ -238,7 +240,7 @@ def stats_updates(model: Module, enabled: bool) -> Iterator[None]:
     >>> norm.num_batches_tracked
     array(0)
     """
-    before = [(layer, layer.update_stats) for layer in _layers(model)]
+    before = [(layer, layer.update_stats) for layer in _layers("stats_updates", model)]
     try:
         for layer, _ in before:
             layer.update_stats = enabled
@@ -267,7 +269,8 @@ def use_bank(model: Module, name: str) -> Iterator[None]:
     >>> model[1].current_bank
     'real'
     """
-    before = [(layer, layer.current_bank) for layer in _layers(model) if layer.banks]
+    layers = _layers("use_bank", model)
+    before = [(layer, layer.current_bank) for layer in layers if layer.banks]
     if not before:
         raise ValueError("use_bank: model: expected BatchNorm layers with banks, got none")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import numpy.typing as npt
 
 from bnext import _dropout
@@ -32,7 +31,7 @@ class AlphaDropout(Dropout):
 
     Examples
     --------
-    >>> import bnext
+    >>> import numpy as np, bnext
     >>> x = np.random.default_rng(0).normal(size=(1000, 100))
     >>> y, backward = AlphaDropout(0.3, generator=bnext.Generator(0)).forward(x)
     >>> bool(abs(y.mean()) < 0.01), bool(abs(y.var() - 1) < 0.01)
@@ -58,13 +57,14 @@ class FeatureAlphaDropout(AlphaDropout):
 
     Examples
     --------
+    >>> import numpy as np
     >>> y, backward = FeatureAlphaDropout(0.5).forward(np.ones((4, 8, 3, 3), np.float32))
     >>> bool((y == y[:, :, :1, :1]).all())
     True
     """
 
-    def _check(self, x: npt.ArrayLike) -> Array:
-        x = np.asanyarray(x)
+    def _checked(self, x: npt.ArrayLike) -> Array:
+        x = super()._checked(x)
         _dropout.channel_mask_shape(self.label, x.shape)
         return x
 

@@ -127,8 +127,7 @@ class BatchNorm(RunningStats):
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
         kind = type(self).__name__
-        if num_features < 1:
-            raise ValueError(f"{kind}: num_features: expected 1 or more, got {num_features}")
+        num_features = _check.integer(kind, "num_features", num_features, 1)
         eps = number(kind, "eps", eps)
         if not (eps >= 0 and np.isfinite(eps)):
             raise ValueError(f"{kind}: eps: expected a finite number >= 0, got {eps}")
@@ -148,11 +147,10 @@ class BatchNorm(RunningStats):
             raise ValueError(
                 f"{kind}: activation: expected one of {_core.activations}, got {activation!r}"
             )
+        negative_slope = _check.finite(kind, "negative_slope", negative_slope)
         dropout = number(kind, "dropout", dropout)
         if not 0 <= dropout <= 1:
             raise ValueError(f"{kind}: dropout: expected a number in [0, 1], got {dropout}")
-        if channel_axis not in (1, -1):
-            raise ValueError(f"{kind}: channel_axis: expected 1 or -1, got {channel_axis}")
         dtype = _check.weight_dtype(kind, dtype)
         super().__init__(
             num_features,
@@ -165,7 +163,7 @@ class BatchNorm(RunningStats):
         self.activation = activation
         self.negative_slope = negative_slope
         self.dropout = dropout
-        self.generator = generator
+        self.generator = _check.generator(kind, generator)
         self.consistent = False
         self._always_drops = False  # bnext.mc_dropout sets both
         self.ghost_batch_size = (
@@ -173,7 +171,7 @@ class BatchNorm(RunningStats):
             if ghost_batch_size is None
             else _check.integer(kind, "ghost_batch_size", ghost_batch_size, 1)
         )
-        self.channel_axis = channel_axis
+        self.channel_axis = _check.channel_axis(kind, channel_axis)
         self.weight = Parameter(np.ones(num_features, dtype), decay=False) if affine else None
         self.bias = Parameter(np.zeros(num_features, dtype), decay=False) if affine else None
         self._add_running_stats(banks, dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import SupportsIndex
 
-import numpy as np
 import numpy.typing as npt
 
 from bnext import functional as F
@@ -39,6 +38,7 @@ class DropBlock2d(Dropout):
 
     Examples
     --------
+    >>> import numpy as np
     >>> layer = DropBlock2d(0.2, block_size=3)
     >>> y, backward = layer.forward(np.ones((2, 3, 8, 8), np.float32))
     >>> layer
@@ -55,8 +55,8 @@ class DropBlock2d(Dropout):
         super().__init__(p, generator=generator)
         self.block_size = _check.integer("DropBlock2d", "block_size", block_size, 1)
 
-    def _check(self, x: npt.ArrayLike) -> Array:
-        x = np.asanyarray(x)
+    def _checked(self, x: npt.ArrayLike) -> Array:
+        x = super()._checked(x)
         if x.ndim != 4:
             raise ValueError(f"{self.label}: expected (N, C, H, W), got shape {x.shape}")
         return x

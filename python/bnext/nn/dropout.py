@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import numpy.typing as npt
 
 from bnext import _dropout
 from bnext import functional as F
+from bnext.nn import _check
 from bnext.nn.module import Array, Backward, Module, number
 from bnext.random import Generator
 
@@ -51,20 +51,20 @@ class Dropout(Module):
         if not 0 <= p <= 1:
             raise ValueError(f"{type(self).__name__}: p: expected a number in [0, 1], got {p}")
         self.p = p
-        self.generator = generator
+        self.generator = _check.generator(type(self).__name__, generator)
         self.consistent = False
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
-        x = self._check(x)
+        x = self._checked(x)
         if not self.training or self.p == 0:
             return x, lambda grad_y: grad_y
         return self._drop(x)
 
     def __call__(self, x: npt.ArrayLike) -> Array:
-        return self._check(x)
+        return self._checked(x)
 
-    def _check(self, x: npt.ArrayLike) -> Array:
-        return np.asanyarray(x)
+    def _checked(self, x: npt.ArrayLike) -> Array:
+        return _check.floating(self, x)
 
     def _drop(self, x: Array) -> tuple[Array, Backward]:
         """What training with p > 0 does."""
@@ -95,18 +95,14 @@ class _ChannelDropout(Dropout):
         self, p: float = 0.5, *, channel_axis: int = 1, generator: Generator | None = None
     ) -> None:
         super().__init__(p, generator=generator)
-        if channel_axis not in (1, -1):
-            raise ValueError(
-                f"{type(self).__name__}: channel_axis: expected 1 or -1, got {channel_axis}"
-            )
-        self.channel_axis = channel_axis
+        self.channel_axis = _check.channel_axis(type(self).__name__, channel_axis)
 
     def _batch(self, rank: int) -> str:
         spatial = self._spatial[rank - 3]
         return f"(N, C, {spatial})" if self.channel_axis == 1 else f"(N, {spatial}, C)"
 
-    def _check(self, x: npt.ArrayLike) -> Array:
-        x = np.asanyarray(x)
+    def _checked(self, x: npt.ArrayLike) -> Array:
+        x = super()._checked(x)
         if x.ndim == self._rank:
             return x
         advice = []
@@ -245,8 +241,8 @@ class DropPath(Dropout):
     True
     """
 
-    def _check(self, x: npt.ArrayLike) -> Array:
-        x = np.asanyarray(x)
+    def _checked(self, x: npt.ArrayLike) -> Array:
+        x = super()._checked(x)
         _dropout.sample_mask_shape(self.label, x.shape)
         return x
 

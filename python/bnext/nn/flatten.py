@@ -20,7 +20,7 @@ class Flatten(Module):
 
     Notes
     -----
-    The output is a view of x where NumPy can make one.
+    x may have any dtype. The output is a view of it where NumPy can make one.
 
     Raises
     ------
@@ -39,7 +39,7 @@ class Flatten(Module):
         self.end_dim = end_dim
 
     def __call__(self, x: npt.ArrayLike) -> Array:
-        array = np.asarray(x)
+        array = _check.native(self.label, "x", x)
         ndim = array.ndim
         start, end = (d + ndim if d < 0 else d for d in (self.start_dim, self.end_dim))
         if not 0 <= start <= end < ndim:
@@ -52,9 +52,8 @@ class Flatten(Module):
         return array.reshape(*array.shape[:start], joined, *array.shape[end + 1 :])
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
-        array = np.asarray(x)
-        y = self(array)
-        y_shape, x_shape, dtype = y.shape, array.shape, array.dtype
+        y = self(x)
+        y_shape, x_shape, dtype = y.shape, np.shape(x), y.dtype
 
         def backward(grad_y: Array) -> Array:
             return _check.gradient(self, grad_y, y_shape, dtype).reshape(x_shape)

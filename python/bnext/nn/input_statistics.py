@@ -82,12 +82,10 @@ class InputStatistics(Module):
             raise ValueError(
                 f"{kind}: momentum: expected None or a number in (0, 1], got {momentum}"
             )
-        if channel_axis not in (1, -1):
-            raise ValueError(f"{kind}: channel_axis: expected 1 or -1, got {channel_axis}")
         self.momentum = momentum
-        self.channel_axis = channel_axis
-        self.register_buffer("running_mean", np.zeros(num_features))
-        self.register_buffer("running_var", np.ones(num_features))
+        self.channel_axis = _check.channel_axis(kind, channel_axis)
+        self.register_buffer("running_mean", np.zeros(self.num_features))
+        self.register_buffer("running_var", np.ones(self.num_features))
         self.register_buffer("num_batches_tracked", np.zeros((), np.int64))
 
     def __call__(self, x: npt.ArrayLike) -> Array:

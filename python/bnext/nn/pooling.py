@@ -128,9 +128,8 @@ class AvgPool2d(_Pool2d):
         return y
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
-        array = np.asarray(x)
-        y = self(array)
-        y_shape, shape, dtype = y.shape, array.shape, array.dtype
+        y = self(x)
+        y_shape, shape, dtype = y.shape, np.shape(x), y.dtype
 
         def backward(grad_y: Array) -> Array:
             grad = _check.gradient(self, grad_y, y_shape, dtype)
@@ -166,9 +165,8 @@ class GlobalAvgPool2d(Module):
         return y
 
     def forward(self, x: npt.ArrayLike) -> tuple[Array, Backward]:
-        array = np.asarray(x)
-        y = self(array)
-        y_shape, shape = y.shape, array.shape
+        y = self(x)
+        y_shape, shape = y.shape, np.shape(x)
 
         def backward(grad_y: Array) -> Array:
             grad = _check.gradient(self, grad_y, y_shape, y.dtype)

@@ -175,7 +175,9 @@ def _batch_norm(
         constant("running_var", evaluation.get("var"), 1),
     ]
     attributes: dict[str, Any] = {"epsilon": evaluation["eps"]}
-    if layer.momentum is not None:
+    if not tracked:
+        attributes["momentum"] = 1.0  # they never move: what `load` knows it by
+    elif layer.momentum is not None:
         attributes["momentum"] = other_momentum(layer.momentum)
     outputs: list[str] = []
     if by_batch:
@@ -247,10 +249,13 @@ def _dropped(
     writer: _Writer, p: float, generator: random.Generator | None, path: str, x: str
 ) -> str:
     """A Dropout node; it does nothing in evaluation, but says what p was."""
-    if p == 1:
+    if p == 1 and writer.training:
         raise ValueError(
-            f"onnx.export: {path or 'model'}: p: expected less than 1, as ONNX's Dropout has it"
+            f"onnx.export: {path or 'model'}: p: expected less than 1 for training=True, as ONNX's "
+            "Dropout has it"
         )
+    if p == 1:
+        return writer.node("Identity", path, [x])
     inputs = [x, writer.constant(path, "p", np.array(p, np.float32))]
     if not writer.training:
         return writer.node("Dropout", path, inputs)
@@ -407,6 +412,7 @@ def export(
     ['Gemm', 'BatchNormalization', 'Relu']
     """
     onnx = require("onnx")
+    _check.model("onnx.export", model)
     newest = onnx.defs.onnx_opset_version()
     opset = _check.integer("onnx.export", "opset", opset, _OLDEST_OPSET)
     if opset > newest:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bnext import nn
-from bnext.conventions import other_momentum
+from bnext.conventions import from_onnx
 from bnext.nn.activation import activation_layer
 from bnext.nn.module import Array, Module
 from bnext.onnx._common import (
@@ -379,13 +379,18 @@ def _load_sigmoid(reader: _Reader, node: _Node) -> None:
 
 def _load_batch_norm(reader: _Reader, node: _Node) -> None:
     node.expect("spatial", 1)  # of opset 8 and before, as is is_test
-    for name in ("is_test", "consumed_inputs", "training_mode"):
+    for name in ("is_test", "consumed_inputs"):
         node.attribute(name, 0)
     weight = node.constant(1, "scale")
+    names = ("epsilon", "momentum")
+    given = {name: node.attribute(name, None) for name in names}
+    options = from_onnx({name: value for name, value in given.items() if value is not None}).options
     layer = nn.BatchNorm(
         weight.size,
-        node.attribute("epsilon", 1e-5),
-        other_momentum(node.attribute("momentum", 0.9)),
+        options["eps"],
+        options["momentum"],
+        # Statistics that never move are none.
+        track_running_stats=not (node.attribute("training_mode", 0) and options["momentum"] == 0),
         channel_axis=-1 if node.value(0, _TURNED, _POOLED).form == _TURNED else 1,
         dtype=weight.dtype,
     )
@@ -393,8 +398,11 @@ def _load_batch_norm(reader: _Reader, node: _Node) -> None:
     assert layer.bias is not None
     node.fill(layer.weight.data, 1, "scale")
     node.fill(layer.bias.data, 2, "B")
-    node.fill(layer.running_mean, 3, "input_mean")
-    node.fill(layer.running_var, 4, "input_var")
+    if layer.track_running_stats:
+        node.fill(layer.running_mean, 3, "input_mean")
+        node.fill(layer.running_var, 4, "input_var")
+        if not (layer.running_var >= 0).all():
+            raise node.error("input_var: expected no negative variance and no NaN")
     reader.statistics.update(node.outputs[1:3])
     reader.add(node, layer, _TURNED, _POOLED)
 
@@ -569,7 +577,8 @@ def load(model: str | os.PathLike[str] | Any) -> Module:
     An activation that follows a BatchNormalization becomes the layer's own. The ONNX
     ``momentum`` m becomes 1 - m. Its running variance is taken as it is; once training goes on,
     ours collects the variance over N - 1. A node in training mode becomes a layer that keeps
-    running statistics. A Dropout's ``seed`` is not used: random numbers are ours.
+    running statistics, or none if their ``momentum`` is 1, so that they never move. A Dropout's
+    ``seed`` is not used: random numbers are ours.
 
     Examples
     --------

@@ -165,8 +165,8 @@ class Contrast:
         Which claims of `bnext.study.claims` it decides, and how. An outcome that is left out
         decides nothing.
     says : mapping of outcome to str
-        A sentence for each outcome, for the first page; "{effect}" stands for the figures. What is
-        left out is not said there.
+        A sentence for each outcome, for the first page; "{effect}" stands for the figures, "{size}"
+        for those without a sign. What is left out is not said there.
     anchors : mapping of anchor to outcome
         Published results of `bnext.study.anchors` that it repeats, and what came out there.
     topic : {"when", "where", "how much"}
@@ -217,14 +217,29 @@ class Judged:
 
     @property
     def effect(self) -> str:
-        """Such as "+1.3 points [+0.9, +1.7]"."""
+        """Such as "+1.3 points [+0.9, +1.7]" or "1.30 times [1.13, 1.50]"."""
+        return self._shown(self.figures, "" if self.contrast.ratio else "+")
+
+    @property
+    def size(self) -> str:
+        """`effect` without its direction, for words that have it: "costs 1.3 points [0.9, 1.7]"."""
+        middle, low, high = self.figures
+        turned = middle < 0 and not self.contrast.ratio
+        return self._shown((-middle, -high, -low) if turned else self.figures, "")
+
+    def _shown(self, figures: tuple[float, float, float], sign: str) -> str:
+        """Estimate and interval, with two digits of the distance between them."""
         if self.difference is None:
             return "no figure: runs without a value"
-        if self.contrast.ratio:
-            middle, low, high = (f"{value:.3g}" for value in self.figures)
-            return f"{middle} times [{low}, {high}]"
-        middle, low, high = (_signed(value) for value in self.figures)
-        return f"{middle} {self.contrast.unit} [{low}, {high}]"
+        middle, low, high = figures
+        reach = float(f"{min(high - middle, middle - low):.1e}")  # rounded: 0.996 counts as 1
+        digits = min(max(1 - math.floor(math.log10(reach)), 0), 3) if reach > 0 else 2
+        shown = (
+            # Not a negative zero.
+            f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "\u2212")
+            for value in figures
+        )
+        return "{} {unit} [{}, {}]".format(*shown, unit=self.contrast.unit)
 
     @property
     def sentence(self) -> str | None:
@@ -232,15 +247,10 @@ class Judged:
         text = self.contrast.says.get(self.outcome)
         if text is None:
             return None
-        return text.replace("{effect}", self.effect)
+        return text.replace("{effect}", self.effect).replace("{size}", self.size)
 
     def verdict(self, claim: str) -> Verdict:
         return self.contrast.claims[claim].get(self.outcome, "inconclusive")
-
-
-def _signed(value: float) -> str:
-    digits = 2 if abs(value) < 1 else 1 if abs(value) < 100 else 0
-    return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
 def judge(contrasts: Sequence[Contrast], level: float = LEVEL) -> list[Judged]:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnext import _extras
 from bnext.study.experiment import Arm, Experiment, Judged, Results
+from bnext.study.statistics import t_interval
 
 __all__ = ["COLORS", "bars", "forest", "lines", "svg"]
 
@@ -69,14 +69,6 @@ def _drawn(name: str, draw: Any, size: tuple[float, float]) -> str:
     return text.strip()
 
 
-def spread(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean over the seeds (axis 0) and half the width of its 95 % interval."""
-    stats = _extras.require("scipy.stats", "plots of the study", extra="study")
-    count = len(values)
-    half = stats.t.ppf(0.975, count - 1) * values.std(axis=0, ddof=1) / np.sqrt(count)
-    return values.mean(axis=0), half
-
-
 def lines(
     axes: Any,
     x: Sequence[float],
@@ -86,7 +78,7 @@ def lines(
     **style: Any,
 ) -> None:
     """`metric` of arms over `x`, with 95 % intervals; seeds without a value leave a gap."""
-    middle, half = spread(np.stack([arm.values(metric) for arm in arms], axis=1))
+    middle, half = t_interval(np.stack([arm.values(metric) for arm in arms], axis=1))
     axes.errorbar(x, middle, half, label=label, marker="o", markersize=4, capsize=2, **style)
 
 
@@ -96,7 +88,7 @@ def bars(axes: Any, arms: Sequence[Arm], metric: str, labels: Sequence[str], tit
     for row, arm in zip(rows, arms, strict=True):
         values = arm.values(metric)
         axes.plot(values, np.full(len(values), row), ".", color="#888888", markersize=3)
-        middle, half = spread(values[:, np.newaxis])
+        middle, half = t_interval(values[:, np.newaxis])
         axes.errorbar(middle, [row], xerr=half, fmt="o", color=COLORS[0], capsize=3)
     axes.set_yticks(rows, labels)
     axes.set_xlabel(title)

@@ -211,8 +211,8 @@ def _answers(study: Study) -> str:
 
 def _emphasized(item: Judged) -> str:
     assert item.sentence is not None
-    effect = escape(item.effect)
-    return escape(item.sentence).replace(effect, f'<b class="figure">{effect}</b>')
+    shown = escape(item.effect if item.effect in item.sentence else item.size)
+    return escape(item.sentence).replace(shown, f'<b class="figure">{shown}</b>')
 
 
 def _link(experiment: Experiment) -> str:

@@ -25,7 +25,14 @@ from numpy.typing import NDArray
 
 from bnext import _extras
 
-__all__ = ["PairedDifference", "equivalence", "holm", "paired_difference", "sign_flip"]
+__all__ = [
+    "PairedDifference",
+    "equivalence",
+    "holm",
+    "paired_difference",
+    "sign_flip",
+    "t_interval",
+]
 
 # Up to so many pairs all flips of signs are walked over; beyond, random ones stand for them.
 _EXACT_PAIRS = 14
@@ -117,12 +124,28 @@ def paired_difference(
         low = high = mean
         p_t = 0.0 if mean else 1.0
     else:
-        test = _t_test(differences, 0.0, "two-sided")
-        low, high = (float(bound) for bound in test.confidence_interval(confidence))
-        p_t = float(test.pvalue)
+        half = float(t_interval(differences, confidence)[1])
+        low, high = mean - half, mean + half
+        p_t = float(_t_test(differences, 0.0, "two-sided").pvalue)
     return PairedDifference(
         len(differences), mean, sd, low, high, confidence, p_t, sign_flip(differences)
     )
+
+
+def t_interval(
+    values: NDArray[np.float64], confidence: float = 0.95
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean over axis 0, and half the width of its confidence interval by Student's t.
+
+    Examples
+    --------
+    >>> mean, half = t_interval(np.array([1.0, 2, 3]))
+    >>> print(f"{mean} +- {half:.2f}")
+    2.0 +- 2.48
+    """
+    count = len(values)
+    quantile = _stats().t.ppf((1 + confidence) / 2, count - 1)
+    return values.mean(axis=0), quantile * values.std(axis=0, ddof=1) / np.sqrt(count)
 
 
 def sign_flip(differences: npt.ArrayLike) -> float:

@@ -81,7 +81,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "rate tuned for both.",
                 "same": "In a small convolutional network BN makes no difference that matters "
                 "once the learning rate is tuned for both: {effect}.",
-                "lower": "In a small convolutional network BN costs {effect}, with the learning "
+                "lower": "In a small convolutional network BN costs {size}, with the learning "
                 "rate tuned for both.",
             },
             anchors={"garbin-bn": "higher"},
@@ -151,7 +151,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "same": "In a small convolutional network, dropout of 0.5 before the last layer "
                 "makes no difference that matters: {effect}.",
                 "lower": "In a small convolutional network, dropout of 0.5 before the last layer "
-                "costs {effect}.",
+                "costs {size}.",
             },
             anchors={"garbin-dropout": "lower"},
         ),
@@ -167,7 +167,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "same": "In a convolutional network with BN, dropout before the last layer adds "
                 "nothing that matters: {effect}.",
                 "lower": "In a convolutional network with BN, dropout before the last layer "
-                "costs {effect}.",
+                "costs {size}.",
             },
             anchors={"garbin-both": "lower"},
         ),

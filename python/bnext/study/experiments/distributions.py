@@ -118,7 +118,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "higher": "Noise after BN that shifts and scales every channel anew at each step "
                 "even helps, {effect}: stable distributions are not why BN helps.",
                 "lower": "Noise after BN that shifts and scales every channel anew at each step "
-                "costs {effect}.",
+                "costs {size}.",
             },
         ),
         Contrast(

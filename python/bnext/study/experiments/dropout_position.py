@@ -124,7 +124,7 @@ def contrasts(results: Results) -> list[Contrast]:
                     "and learning rate chosen on validation data).",
                     "same": f"On {n} samples, dropout makes no difference that matters without "
                     "BN: {effect}.",
-                    "lower": f"On {n} samples, dropout costs {{effect}} without BN.",
+                    "lower": f"On {n} samples, dropout costs {{size}} without BN.",
                 },
             ),
             Contrast(
@@ -138,7 +138,7 @@ def contrasts(results: Results) -> list[Contrast]:
                     "learning rate chosen on validation data).",
                     "same": f"On {n} samples with BN, dropout adds nothing that matters: "
                     "{effect}.",
-                    "lower": f"On {n} samples with BN, adding dropout costs {{effect}}.",
+                    "lower": f"On {n} samples with BN, adding dropout costs {{size}}.",
                     "open": f"On {n} samples, it could not be shown that adding dropout to BN "
                     "helps or hurts: {effect}.",
                 },
@@ -154,7 +154,7 @@ def contrasts(results: Results) -> list[Contrast]:
             claims={"L7": {"higher": "supported", "same": "refined", "lower": "refuted"}},
             says={
                 "higher": f"On {few} samples BN brings {{effect}}.",
-                "lower": f"On {few} samples BN costs {{effect}}.",
+                "lower": f"On {few} samples BN costs {{size}}.",
             },
         ),
         Contrast(

@@ -13,6 +13,7 @@ from bnext.data import Dataset
 from bnext.nn.module import Array, Module
 from bnext.study import networks, plots, training
 from bnext.study.experiment import Contrast, Experiment, Results, Scale, Settings
+from bnext.study.statistics import t_interval
 
 # label: p of dropout, L2, limit of the norm
 KINDS: dict[str, tuple[float, float, float | None]] = {
@@ -104,7 +105,7 @@ def contrasts(results: Results) -> list[Contrast]:
             margin=1.0,
             claims={"L57a": {"higher": "supported", "same": "refuted", "lower": "refuted"}},
             says={
-                "higher": "A network trained with dropout loses less, by {effect}, when half of "
+                "higher": "A network trained with dropout loses less, by {size}, when half of "
                 "its hidden units are pruned at random."
             },
         ),
@@ -169,7 +170,7 @@ def plot(figure: Any, results: Results) -> None:
     best = [results.best(kind=kind) for kind in KINDS]
     plots.bars(left, best, "test_accuracy", list(KINDS), "test accuracy, %")
     for kind in ("plain", "dropout"):
-        middle, half = plots.spread(results.best(kind=kind).curves("pruning"))
+        middle, half = t_interval(results.best(kind=kind).curves("pruning"))
         right.errorbar(SHARES, middle, half, marker="o", markersize=4, capsize=2, label=kind)
     right.set_xlabel("share of hidden units pruned at random")
     right.set_ylabel("test accuracy, %")

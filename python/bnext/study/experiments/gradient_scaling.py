@@ -78,7 +78,7 @@ def contrasts(results: Results) -> list[Contrast]:
             claims={"L65": {"lower": "supported", "higher": "refuted"}},
             says={
                 "lower": "Gradients scaled by BN's variances (alpha 1) narrow the spread over "
-                "initial scales by {effect}: worth it when initial weights are far off."
+                "initial scales by {size}: worth it when initial weights are far off."
             },
         ),
         Contrast(
@@ -100,7 +100,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "higher": "With good initial weights, scaling gradients by BN's variances brings "
                 "{effect}.",
                 "lower": "With good initial weights, scaling gradients by BN's variances costs "
-                "{effect}.",
+                "{size}.",
             },
             topic="how much",
         ),
@@ -120,7 +120,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "higher": "Where there is no BN, steps preconditioned by the statistics of inputs "
                 "(BNP) bring {effect}.",
                 "lower": "Where there is no BN, steps preconditioned by the statistics of inputs "
-                "(BNP) cost {effect}.",
+                "(BNP) cost {size}.",
             },
             topic="how much",
         ),

@@ -176,7 +176,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "one task.",
                 "same": "At an imbalance of 100:1 focal loss makes no difference that matters: "
                 "{effect}.",
-                "lower": "At an imbalance of 100:1 focal loss costs {effect}.",
+                "lower": "At an imbalance of 100:1 focal loss costs {size}.",
             },
         ),
         Contrast(
@@ -187,7 +187,7 @@ def contrasts(results: Results) -> list[Contrast]:
             unit="points of F1",
             says={
                 "higher": "At an imbalance of 100:1 weights by class bring {effect}.",
-                "lower": "At an imbalance of 100:1 weights by class cost {effect}.",
+                "lower": "At an imbalance of 100:1 weights by class cost {size}.",
             },
         ),
         Contrast(
@@ -198,9 +198,9 @@ def contrasts(results: Results) -> list[Contrast]:
             unit="points of F1",
             claims={"L38a": {"lower": "supported", "same": "refuted", "higher": "refuted"}},
             says={
-                "lower": "BN helps less on imbalanced data than on balanced, by {effect}.",
+                "lower": "BN helps less on imbalanced data than on balanced, by {size}.",
                 "same": "BN helps as much on imbalanced data as on balanced: {effect}.",
-                "higher": "BN helps more on imbalanced data than on balanced, by {effect}.",
+                "higher": "BN helps more on imbalanced data than on balanced, by {size}.",
             },
         ),
         Contrast(

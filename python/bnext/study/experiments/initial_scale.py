@@ -57,7 +57,7 @@ def contrasts(results: Results) -> list[Contrast]:
             },
             says={
                 "lower": "With initial weights from a tenth to ten times the usual, accuracy "
-                "varies less with BN than without, by {effect}: use BN when you cannot choose "
+                "varies less with BN than without, by {size}: use BN when you cannot choose "
                 "them well."
             },
         ),

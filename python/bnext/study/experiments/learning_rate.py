@@ -90,7 +90,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "in a fully connected network, too.",
                 "same": "With the learning rate tuned for each, BN makes no difference that "
                 "matters to accuracy in a shallow network: {effect}.",
-                "lower": "With the learning rate tuned for each, BN costs {effect} of accuracy in "
+                "lower": "With the learning rate tuned for each, BN costs {size} of accuracy in "
                 "a shallow fully connected network.",
                 "open": "With the learning rate tuned for each, a difference in accuracy by BN "
                 "could not be shown in a shallow network: {effect}.",
@@ -161,7 +161,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "higher": "With BN, a strong decay of the learning rate brings {effect}.",
                 "same": "With BN, decay of the learning rate makes no difference that matters "
                 "here: {effect}.",
-                "lower": "With BN, a strong decay of the learning rate costs {effect}.",
+                "lower": "With BN, a strong decay of the learning rate costs {size}.",
             },
             topic="how much",
         ),

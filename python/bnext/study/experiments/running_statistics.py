@@ -12,6 +12,7 @@ from bnext.data import Dataset, batches
 from bnext.nn.module import Array, Module
 from bnext.study import networks, plots, training
 from bnext.study.experiment import Contrast, Experiment, Results, Scale, Settings
+from bnext.study.statistics import t_interval
 
 MOMENTA = (0.1, 0.01)
 KINDS = {
@@ -152,7 +153,7 @@ def plot(figure: Any, results: Results) -> None:
         arm = results.arm(momentum=momentum, steps=50)
         rows = np.arange(len(KINDS))[::-1]
         for row, metric in zip(rows, KINDS, strict=True):
-            middle, half = plots.spread(arm.values(metric)[:, np.newaxis])
+            middle, half = t_interval(arm.values(metric)[:, np.newaxis])
             axes.errorbar(middle, [row], xerr=half, fmt="o", color=plots.COLORS[0], capsize=3)
         axes.set_yticks(rows, KINDS.values() if momentum == MOMENTA[0] else [""] * len(KINDS))
         axes.set_xlabel("test accuracy, %")

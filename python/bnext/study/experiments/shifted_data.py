@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 import bnext
 from bnext.data import Dataset
 from bnext.nn.module import Array
-from bnext.study import networks, plots, training
+from bnext.study import networks, training
 from bnext.study.experiment import Contrast, Experiment, Results, Scale, Settings
+from bnext.study.statistics import t_interval
 
 SHIFTS = {"contrast": "contrast 30 %", "brightness": "brighter by 1", "noise": "noise of 1.5"}
 RATES = (0.02, 0.1)
@@ -82,9 +83,9 @@ def contrasts(results: Results) -> list[Contrast]:
             },
             says={
                 "lower": "Shifted test data hurt a network with BN more than one without, by "
-                "{effect}: BN makes training robust, not the model.",
+                "{size}: BN makes training robust, not the model.",
                 "higher": "Shifted test data hurt a network with BN less than one without, by "
-                "{effect}.",
+                "{size}.",
                 "same": "Shifted test data hurt networks with and without BN alike: {effect} of "
                 "difference.",
                 "open": "Whether shifted test data hurt a network with BN more or less than one "
@@ -130,7 +131,7 @@ def plot(figure: Any, results: Results) -> None:
         ),
     ]
     for offset, (label, values) in enumerate(series):
-        middle, half = plots.spread(np.array(values).T)
+        middle, half = t_interval(np.array(values).T)
         place = np.arange(len(kinds)) + 0.12 * (offset - 1)
         axes.errorbar(place, middle, half, fmt="o", capsize=3, label=label)
     axes.set_xticks(range(len(kinds)), ["not shifted", *SHIFTS.values()])

@@ -12,6 +12,7 @@ from bnext.data import Dataset
 from bnext.nn.module import Module
 from bnext.study import networks, plots, training
 from bnext.study.experiment import Contrast, Experiment, Results, Scale, Settings
+from bnext.study.statistics import t_interval
 
 WHEN = {"never": "no dropout", "always": "dropout", "early": "first half", "late": "second half"}
 RATES = (0.03, 0.1)
@@ -97,7 +98,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "higher": f"In a wide network ({wide} units) dropout of 0.5 brings {{effect}}.",
                 "same": f"In a wide network ({wide} units) dropout of 0.5 makes no difference "
                 "that matters: {effect}.",
-                "lower": f"In a wide network ({wide} units) dropout of 0.5 costs {{effect}}.",
+                "lower": f"In a wide network ({wide} units) dropout of 0.5 costs {{size}}.",
             },
         ),
         Contrast(
@@ -144,7 +145,7 @@ def plot(figure: Any, results: Results) -> None:
         for decay, color in ((0.0, 0), (1e-3, 1)):
             for position, when in enumerate(WHEN):
                 arm = results.best(width=width, when=when, weight_decay=decay)
-                middle, half = plots.spread(arm.values("test_accuracy")[:, np.newaxis])
+                middle, half = t_interval(arm.values("test_accuracy")[:, np.newaxis])
                 axes.errorbar(
                     [position + 0.1 * color],
                     middle,

@@ -85,7 +85,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "same": "In a fully connected network of several layers, BN after each makes no "
                 "difference that matters: {effect}.",
                 "lower": "In a fully connected network of several layers, BN after each costs "
-                "{effect}.",
+                "{size}.",
             },
         ),
         Contrast(

@@ -115,7 +115,7 @@ def contrasts(results: Results) -> list[Contrast]:
                 "higher": f"With BN, weight decay of {DECAY:g} brings {{effect}}.",
                 "same": f"With BN, weight decay of {DECAY:g} makes no difference that matters to "
                 "accuracy: {effect}.",
-                "lower": f"With BN, weight decay of {DECAY:g} costs {{effect}}.",
+                "lower": f"With BN, weight decay of {DECAY:g} costs {{size}}.",
             },
             topic="how much",
         ),
