@@ -14,6 +14,20 @@ namespace {
 // The longest run of values that a tile takes in one go.
 constexpr std::int64_t longest_run = 16384;
 
+// ReLU and ReLU6 in the same loops: without a limit it is NaN, which nothing is above.
+struct clip {
+  static constexpr bool linear = false;
+  template <class X, class T>
+  static BNEXT_INLINE X value(X z, T limit) {
+    const X positive = epilogue::relu::value(z, limit), most = X{} + limit;
+    return most < positive ? most : positive;
+  }
+  template <class X, class T>
+  static BNEXT_INLINE X gradient(X g, X z, T limit) {
+    return z >= X{} + limit ? X{} : epilogue::relu::gradient(g, z, limit);
+  }
+};
+
 // An activation alone. `linear`: gradients pass as they are. `plain`: a run has nothing of its own.
 template <class S, class Epilogue>
 class Plain {
@@ -21,13 +35,14 @@ class Plain {
   using T = Compute<S>;
   static constexpr bool linear = Epilogue::linear, plain = true;
 
-  explicit Plain(const Fusion& f) : slope_(static_cast<T>(f.negative_slope)) {}
+  explicit Plain(const Fusion& f)
+      : limit_(f.activation == Activation::relu6 ? T(6) : static_cast<T>(__builtin_nan(""))) {}
 
   // A run of `length` values, the first of which is element `first`; `number`: of the run among
   // all, by which the second pass finds what the first one noted; `ahead`: of the residual.
   struct Run {
     static constexpr bool invertible = false;
-    T slope;
+    T limit;
 
     template <class V>
     BNEXT_INLINE V input(V x) const {
@@ -38,17 +53,17 @@ class Plain {
     BNEXT_INLINE void fetch(std::int64_t, std::int64_t) const {}
     template <class V, class P>
     BNEXT_INLINE V value(V z, P) {
-      return Epilogue::value(z, slope);
+      return Epilogue::value(z, limit);
     }
     template <class V, class P, class Normalised>
     BNEXT_INLINE V gradient(V g, P, Normalised normalised) const {
-      return Epilogue::gradient(g, normalised(), slope);
+      return Epilogue::gradient(g, normalised(), limit);
     }
   };
-  BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead<S>) { return {slope_}; }
+  BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead<S>) { return {limit_}; }
 
  private:
-  T slope_;
+  T limit_;
 };
 
 // Epilogues that are not cheap have one copy of their code.

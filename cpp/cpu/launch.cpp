@@ -56,10 +56,13 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
 // only the general ones do.
 Path path_of(const Fusion& f, bool residual, bool more) {
   const bool dropping = f.dropout.threshold > 0;
-  if (f.activation == Activation::none && !residual && !dropping && !more) return Path::none;
+  const bool alone = !residual && !dropping && !more;
+  if (alone && f.activation == Activation::none) return Path::none;
+  if (alone && (f.activation == Activation::relu || f.activation == Activation::relu6))
+    return Path::clip;
   if (f.activation != Activation::relu || (residual && dropping) || (more && !residual))
     return Path::general;
-  return residual ? Path::residual_and_relu : dropping ? Path::relu_and_dropout : Path::relu;
+  return residual ? Path::residual_and_relu : Path::relu_and_dropout;
 }
 int forward_path(const Fusion& f) {
   return static_cast<int>(path_of(f, f.residual != nullptr, f.passes != nullptr));

@@ -16,7 +16,7 @@ struct GradSums {
 
 // How what follows the normalisation is computed: what is frequent and costs next to nothing has
 // loops of its own.
-enum class Path { none, relu, relu_and_dropout, residual_and_relu, general };
+enum class Path { none, clip, relu_and_dropout, residual_and_relu, general };
 constexpr int paths = 5;
 
 // Spans of MaskLayout::span elements that one call of `dropout` takes at most.

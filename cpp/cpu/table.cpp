@@ -19,8 +19,8 @@ struct Table {
   // Loops of their own where they are worth their space, otherwise those of whatever fusion says.
   using None = Plain<S, epilogue::none>;
   template <Mask mask>
-  using Relu = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && vector_bytes == 64),
-                               Plain<S, epilogue::relu>, Any<mask>>::type;
+  using Clip = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && vector_bytes == 64),
+                               Plain<S, clip>, Any<mask>>::type;
   template <Mask mask, bool residual>
   using ReluAnd = typename Choice<sizeof(S) == 4 && !compact,
                                   General<S, mask, Known<epilogue::relu, residual, !residual>>,
@@ -32,11 +32,11 @@ struct Table {
   static constexpr Mask drawn = Mask::drawn, noted = Mask::drawn_and_noted, again = Mask::noted;
   static constexpr Kernels<S> kernels{
       moments<S>,
-      {apply<S, None>, apply<S, Relu<drawn>>, apply<S, Dropout<drawn>>, apply<S, Residual<drawn>>,
+      {apply<S, None>, apply<S, Clip<drawn>>, apply<S, Dropout<drawn>>, apply<S, Residual<drawn>>,
        apply<S, Any<drawn>>},
-      {grad_sums<S, None>, grad_sums<S, Relu<noted>>, grad_sums<S, Dropout<noted>>,
+      {grad_sums<S, None>, grad_sums<S, Clip<noted>>, grad_sums<S, Dropout<noted>>,
        grad_sums<S, Residual<noted>>, grad_sums<S, Any<noted>>},
-      {apply_grad<S, None, None>, apply_grad<S, Relu<again>, Relu<noted>>,
+      {apply_grad<S, None, None>, apply_grad<S, Clip<again>, Clip<noted>>,
        apply_grad<S, Dropout<again>, Dropout<noted>>,
        apply_grad<S, Residual<again>, Residual<noted>>, apply_grad<S, Any<again>, Any<noted>>},
       dropout<S>};
