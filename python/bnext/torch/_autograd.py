@@ -32,7 +32,7 @@ def _graph_is_kept() -> bool:
 
 
 class BatchNorm(torch.autograd.Function):
-    """y of a normalization, and mean and var of the batch (None if it is by `mean` and `var`)."""
+    """y of a normalization. If not by `mean` and `var`, those of the batch are `grad_fn.batch`."""
 
     @staticmethod
     def forward(
@@ -45,11 +45,15 @@ class BatchNorm(torch.autograd.Function):
         var: Tensor | None,
         seed: _bridge.Seed,
         norm: Norm,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> Tensor:
         ctx.norm, ctx.seed = norm, seed
         ctx.set_materialize_grads(False)
         y, core = _bridge.norm_forward(x, weight, bias, residual, mean, var, seed, norm)
-        by_batch = mean is None
+        by_batch = mean is None or var is None
+        if mean is None or var is None:
+            ctx.batch = _bridge.moments(core, x.dtype)
+        else:  # a batch in training may move them before backward
+            mean, var = mean.clone(), var.clone()
         # What the core keeps would hold x back from the hooks. Without it, backward runs forward
         # again on what they return.
         ctx.core = None if _hooks_on_saved_tensors() else core
@@ -68,14 +72,10 @@ class BatchNorm(torch.autograd.Function):
             mean,
             var,
         )
-        if not by_batch:
-            return y, None, None
-        batch = _bridge.moments(core)
-        ctx.mark_non_differentiable(*batch)
-        return y, *batch
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
         if grad_y is None:
             return (None,) * 8
         x, weight, bias, residual, mean, var = saved = ctx.saved_tensors

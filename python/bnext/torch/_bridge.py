@@ -324,11 +324,14 @@ def _optional_from_gpu(y: Tensor | None, last: bool) -> Tensor | None:
     return None if y is None else _from_gpu(y, last)
 
 
-def moments(saved: NormSaved) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a batch."""
+def moments(saved: NormSaved, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a batch of `dtype`."""
     if isinstance(saved, _device.DeviceBatchNormSaved):
         return saved.mean, saved.var
-    return torch.from_numpy(saved.mean), torch.from_numpy(saved.var)
+    # Not `saved.mean`: NumPy warns of float64 that float32 cannot hold.
+    wanted = parameter_dtype(dtype)
+    mean, var = (torch.from_numpy(value).to(wanted) for value in saved.moments)
+    return mean, var
 
 
 def _mask_shape(array: Array | Tensor, drop: Drop) -> tuple[int, ...] | None:

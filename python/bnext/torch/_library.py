@@ -30,7 +30,7 @@ def batch_norm(
     norm = Norm(eps, last, activation, negative_slope, dropout)
     number = _bridge.known_seed(seed)
     y, saved = _bridge.norm_forward(x, weight, bias, residual, None, None, number, norm)
-    return y, *_bridge.moments(saved)
+    return y, *_bridge.moments(saved, x.dtype)
 
 
 @custom_op("bnext::batch_norm_inference", mutates_args=())
