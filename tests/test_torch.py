@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -506,7 +507,8 @@ def test_hooks_on_saved_tensors_see_all_and_free_the_input():
     expected = passes_with_residual(norm, x, residual)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         found = passes_with_residual(norm, x, residual)
-    assert sizes == [300, 3, 3, 300]
+    # x, weight, bias, mean, variance; and of the residual, for relu, bits
+    assert sizes == [300, 3, 3, 3, 3, _core.passes_bytes(300)]
     for grad, want in zip(found, expected, strict=True):
         assert torch.equal(grad, want)
 
@@ -703,6 +705,30 @@ def operators():
 def test_opcheck(case):
     operator, arguments = case
     torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("by_batch", [True, False])
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_operators_have_the_gradients_of_eager_to_the_bit(activation, has_residual, by_batch):
+    for dtype, last, dropout in itertools.product(TOLERANCE, (False, True), (0.0, 0.3)):
+        x, residual, g = (tensor((3, 4, 5, 3), dtype, "last" if last else "") for _ in range(3))
+        wide = _bridge.parameter_dtype(dtype)
+        weight, bias, mean, var = torch.rand(4, 4, dtype=wide).unbind()
+        leaves = [x, weight, bias, residual if has_residual else None]
+        given = [value for value in leaves if value is not None]
+        for value in given:
+            value.requires_grad_()
+        norm = _bridge.Norm(1e-5, last, activation, 0.01, dropout if by_batch else 0.0)
+        if by_batch:
+            y, *_ = _library.batch_norm(*leaves, torch.tensor(5), *norm)
+            expected = _autograd.BatchNorm.apply(*leaves, None, None, 5, norm)
+        else:
+            y = _library.batch_norm_inference(*leaves, mean, var, *norm[:-1])
+            expected = _autograd.BatchNorm.apply(*leaves, mean, var, None, norm)
+        assert torch.equal(y, expected)
+        grads = [torch.autograd.grad(z, given, g) for z in (y, expected)]
+        assert all(map(torch.equal, *grads))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -89,14 +89,14 @@ def _by_batch(
     tensors = (x, layer.weight, layer.bias, residual)
     seed = _bridge.draw_seed(x) if norm.dropout > 0 else None
     if compiling():
-        y, mean, var = _library.batch_norm(*tensors, seed, *norm)
+        y, mean, var, _ = _library.batch_norm(*tensors, seed, *norm)
         return y, mean.detach(), var.detach()
     number = _bridge.known_seed(seed)
     if _needs_grad(*tensors):
         y = _autograd.BatchNorm.apply(*tensors, None, None, number, norm)
         return y, *y.grad_fn.batch
     y, saved = _bridge.norm_forward(*tensors, None, None, number, norm)
-    return y, *_bridge.moments(saved, x.dtype)
+    return y, *_bridge.moments(saved)
 
 
 def _by_running_stats(
@@ -117,17 +117,18 @@ def update_running_stats(layer: TorchBatchNorm, mean: Tensor, var: Tensor, count
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
         if momentum is None:  # the average of all batches
-            momentum = layer.num_batches_tracked.to(mean.dtype).reciprocal()
+            momentum = layer.num_batches_tracked.reciprocal()
     if layer.running_mean is None or momentum is None:
         return
     for running, batch in (
         (layer.running_mean, mean),
         (layer.running_var, var * (count / (count - 1))),
     ):
-        if running.dtype is batch.dtype:
-            running.lerp_(batch, momentum)
+        wide = _bridge.parameter_dtype(running.dtype)
+        if running.dtype is wide:
+            running.lerp_(batch.to(wide), momentum)
         else:  # of 16 bits
-            running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
+            running.copy_(torch.lerp(running.to(wide), batch.to(wide), momentum))
 
 
 class _BatchNorm(TorchBatchNorm):
