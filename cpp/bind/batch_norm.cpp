@@ -326,8 +326,7 @@ BatchNormSaved saved_of(py::handle x, py::handle mean, py::handle var, py::handl
   constexpr const char* operation = "BatchNormSaved";
   const Options options(operation, channel_axis, activation, negative_slope);
   const py::array from = input(operation, "x", x);
-  const py::array_t<double> m(per_channel(operation, "mean", mean, py::dtype::of<double>()).value()),
-      v(per_channel(operation, "var", var, py::dtype::of<double>()).value());
+  const py::array_t<double> m(input(operation, "mean", mean)), v(input(operation, "var", var));
   BatchNormSaved saved{from,
                        per_channel(operation, "weight", weight, parameter_dtype(from)),
                        per_channel(operation, "bias", bias, parameter_dtype(from)),
@@ -385,8 +384,7 @@ Notes
       .def(py::init(&saved_of), "x"_a, "mean"_a, "var"_a, "passes"_a, "weight"_a, "bias"_a,
            py::kw_only(), "eps"_a, "channel_axis"_a, "has_residual"_a, "residual"_a, "activation"_a,
            "negative_slope"_a, "dropout"_a, "generator"_a, "batch_statistics"_a)
-      .def_property_readonly("passes",
-                             [](const BatchNormSaved& s) { return or_none(s.passes); })
+      .def_property_readonly("passes", [](const BatchNormSaved& s) { return or_none(s.passes); })
       .def_property_readonly("mean",
                              [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.mean); })
       .def_property_readonly("var", [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.var); })
