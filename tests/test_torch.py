@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from bnext import functional as F
 
 torch = pytest.importorskip("torch", reason='bnext.torch needs PyTorch: pip install "bnext[torch]"')
 
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import bnext.torch as bt  # noqa: E402
@@ -147,7 +149,7 @@ def test_options(options):
 
 def test_one_value_per_channel_raises_and_changes_nothing():
     norm = bt.BatchNorm2d(3)
-    with pytest.raises(ValueError, match="1 value per channel"):
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         norm(torch.ones(1, 3, 1, 1))
     assert norm.num_batches_tracked == 0
     assert torch.equal(norm.eval()(torch.ones(1, 3, 1, 1)).round(), torch.ones(1, 3, 1, 1))
@@ -164,6 +166,37 @@ def test_wrong_channels_raise_and_change_no_statistics():
     with pytest.raises(RuntimeError, match="running_mean should contain 3 elements not 5"):
         norm(torch.ones(4, 3, 2, 2))
     assert torch.equal(norm.running_mean, torch.zeros(5))
+
+
+def test_statistics_may_move_before_backward():
+    norm = bt.BatchNorm2d(3).eval()
+    x = tensor((4, 3, 5, 5)).requires_grad_()
+    (expected,) = torch.autograd.grad(norm(x).sum(), x)
+    y = norm(x)
+    norm.train()(x.detach() + 9)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+def test_variance_that_float32_cannot_hold():
+    norm = bt.BatchNorm2d(3)  # and nothing warns
+    y = norm(torch.tensor([1e30, -1e30]).view(2, 1, 1, 1).expand(2, 3, 1, 1))
+    close(y.abs(), torch.ones(2, 3, 1, 1), torch.float32)
+    assert norm.running_var.isinf().all()
+
+
+@pytest.mark.parametrize("eps", [float("inf"), float("nan")])
+def test_odd_eps_is_as_theirs(eps):
+    theirs, ours = pair(2, 3, eps=eps)
+    x = tensor((4, 3, 5, 5))
+    torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)
+
+
+def test_backward_has_one_gradient_for_hooks():
+    y = bt.BatchNorm2d(3)(tensor((4, 3, 5, 5)).requires_grad_())
+    seen = []
+    y.grad_fn.register_prehook(seen.extend)
+    y.sum().backward()
+    assert len(seen) == 1
 
 
 # Of PyTorch itself.
@@ -370,6 +403,29 @@ def test_dropout_in_place(layout):
     assert not part.any()
 
 
+def refused_in_place():
+    leaf = torch.ones(4, 5, requires_grad=True)
+    yield "a leaf Variable that requires grad", leaf
+    yield "a view of a leaf Variable that requires grad", leaf[:2]
+    yield "the output of a function that returns multiple views", (leaf * 1).chunk(2)[0]
+
+
+@pytest.mark.parametrize("case", list(refused_in_place()), ids=lambda case: case[0])
+def test_dropout_in_place_is_refused_before_anything_changes(case):
+    message, x = case
+    with pytest.raises(RuntimeError, match=message):
+        bt.Dropout(0.5, inplace=True)(x)
+    assert (x == 1).all()
+
+
+@pytest.mark.parametrize("cls", [bt.AlphaDropout, bt.FeatureAlphaDropout])
+def test_alpha_dropout_is_never_in_place_as_theirs(cls):
+    x = torch.ones(4, 5, 6, requires_grad=True)
+    for given in (x, x.detach(), x.detach().movedim(1, -1)):
+        assert (cls(0.5, inplace=True)(given) != 1).all()
+        assert (given == 1).all()
+
+
 def test_masks_differ_between_calls_and_follow_the_seed():
     drop = bt.Dropout()
     x = torch.ones(1000)
@@ -451,7 +507,8 @@ def test_hooks_on_saved_tensors_see_all_and_free_the_input():
     expected = passes_with_residual(norm, x, residual)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         found = passes_with_residual(norm, x, residual)
-    assert sizes == [300, 3, 3, 300]
+    # x, weight, bias, mean, variance; and of the residual, for relu, bits
+    assert sizes == [300, 3, 3, 3, 3, _core.passes_bytes(300)]
     for grad, want in zip(found, expected, strict=True):
         assert torch.equal(grad, want)
 
@@ -650,6 +707,30 @@ def test_opcheck(case):
     torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.parametrize("by_batch", [True, False])
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_operators_have_the_gradients_of_eager_to_the_bit(activation, has_residual, by_batch):
+    for dtype, last, dropout in itertools.product(TOLERANCE, (False, True), (0.0, 0.3)):
+        x, residual, g = (tensor((3, 4, 5, 3), dtype, "last" if last else "") for _ in range(3))
+        wide = _bridge.parameter_dtype(dtype)
+        weight, bias, mean, var = torch.rand(4, 4, dtype=wide).unbind()
+        leaves = [x, weight, bias, residual if has_residual else None]
+        given = [value for value in leaves if value is not None]
+        for value in given:
+            value.requires_grad_()
+        norm = _bridge.Norm(1e-5, last, activation, 0.01, dropout if by_batch else 0.0)
+        if by_batch:
+            y, *_ = _library.batch_norm(*leaves, torch.tensor(5), *norm)
+            expected = _autograd.BatchNorm.apply(*leaves, None, None, 5, norm)
+        else:
+            y = _library.batch_norm_inference(*leaves, mean, var, *norm[:-1])
+            expected = _autograd.BatchNorm.apply(*leaves, mean, var, None, norm)
+        assert torch.equal(y, expected)
+        grads = [torch.autograd.grad(z, given, g) for z in (y, expected)]
+        assert all(map(torch.equal, *grads))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 def test_compiled_is_eager(training, layout):
@@ -692,9 +773,19 @@ def test_compiled_dropout(module):
 
 
 def test_export_has_pytorchs_operators():
-    program = torch.export.export(network().eval(), (torch.randn(3, 2, 6, 6),))
+    model, _ = bt.accelerate(network().eval())  # whose forward method is rewritten
+    x = torch.randn(3, 2, 6, 6)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
     assert "bnext" not in str(program.graph)
     assert "batch_norm" in str(program.graph)
+    close(program.module()(x[:2]), model(x[:2]), torch.float32)
+
+
+def test_who_watches_operators_sees_pytorchs():
+    for module in (bt.BatchNorm2d(3), bt.Dropout(0.5)):
+        graph = make_fx(module)(torch.randn(2, 3, 4, 4)).graph
+        names = {str(node.target) for node in graph.nodes}
+        assert names & {"aten.native_batch_norm.default", "aten.bernoulli_.float"}
 
 
 @jit_warns

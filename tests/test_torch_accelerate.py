@@ -417,6 +417,32 @@ def test_fused_under_compile_and_other_callers():
     torch.testing.assert_close(torch.vmap(model)(batches), torch.vmap(plain)(batches))
 
 
+def test_fx_keeps_modules_as_those_of_pytorch():
+    model = nn.Sequential(Block(), nn.Dropout2d(0.5), nn.SyncBatchNorm(4), nn.AlphaDropout(0.5))
+    expected = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes]
+    traced = torch.fx.symbolic_trace(bt.accelerate(model)[0])
+    assert [node.target for node in traced.graph.nodes] == expected
+    for training in (True, False):
+        check_same(
+            traced.train(training), copy.deepcopy(model).train(training), torch.randn(3, 4, 5, 5)
+        )
+
+
+class Ours(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = bt.BatchNormAct2d(4)
+
+    def forward(self, x, residual):
+        return self.norm(x, residual)
+
+
+def test_fx_keeps_modules_of_ours_with_all_arguments():
+    *_, norm, _ = torch.fx.symbolic_trace(Ours()).graph.nodes
+    assert norm.target == "norm"
+    assert [str(node) for node in norm.args] == ["x", "residual"]
+
+
 def test_one_pass_is_saved_by_fusing():
     model, _ = bt.accelerate(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)))
     y = model(torch.randn(3, 4, 5, 5))

@@ -43,6 +43,10 @@ Activation activation_of(const char* operation, py::handle object) {
 
 namespace {
 
+py::object or_none(const OptionalArray& array) {
+  return array ? py::object(*array) : py::object(py::none());
+}
+
 OptionalArray copy(const OptionalArray& array) {
   if (!array) return std::nullopt;
   return py::array(array->attr("copy")());
@@ -84,6 +88,14 @@ struct BatchNormSaved {
     return statistic.attr("astype")(parameter_dtype(x));
   }
 };
+
+// 1 / sqrt(var + eps), as forward calculates it.
+py::array inverse_deviation(const py::array_t<double>& var, double eps) {
+  py::array_t<double> inv_std(var.size());
+  for (py::ssize_t c = 0; c < inv_std.size(); ++c)
+    inv_std.mutable_at(c) = 1 / std::sqrt(var.at(c) + eps);
+  return std::move(inv_std);
+}
 
 struct BatchNormGrads {
   py::array x;
@@ -230,9 +242,6 @@ py::object backward(py::handle grad_y, py::handle saved, py::handle out) {
     const py::gil_scoped_release release;
     batch_norm_backward(args);
   }
-  const auto or_none = [](const OptionalArray& array) {
-    return array ? py::object(*array) : py::object(py::none());
-  };
   return py::cast(
       BatchNormGrads{grad_x, or_none(grad_weight), or_none(grad_bias), or_none(grad_residual)});
 }
@@ -270,15 +279,12 @@ py::tuple inference_saved(const char* operation, py::handle x, py::handle mean, 
   if (!keep) return py::make_tuple(y);
 
   const py::array_t<double> mean64(*m), var64(*v);
-  py::array_t<double> inv_std(mean64.size());
-  for (py::ssize_t c = 0; c < inv_std.size(); ++c)
-    inv_std.mutable_at(c) = 1 / std::sqrt(var64.at(c) + args.eps);
   BatchNormSaved saved{from,
                        copy(w),
                        copy(b),
                        mean64.attr("copy")(),
                        var64.attr("copy")(),
-                       inv_std,
+                       inverse_deviation(var64, args.eps),
                        options.channel_axis,
                        options.activation,
                        options.negative_slope,
@@ -311,6 +317,40 @@ py::tuple inference_forward(py::handle x, py::handle mean, py::handle var, py::h
                          residual, activation, negative_slope, out, true);
 }
 
+// What forward kept, from its parts.
+BatchNormSaved saved_of(py::handle x, py::handle mean, py::handle var, py::handle passes,
+                        py::handle weight, py::handle bias, py::handle eps, py::handle channel_axis,
+                        bool has_residual, py::handle residual, py::handle activation,
+                        py::handle negative_slope, py::handle dropout, py::handle generator,
+                        bool batch_statistics) {
+  constexpr const char* operation = "BatchNormSaved";
+  const Options options(operation, channel_axis, activation, negative_slope);
+  const py::array from = input(operation, "x", x);
+  const py::array_t<double> m(input(operation, "mean", mean)), v(input(operation, "var", var));
+  BatchNormSaved saved{from,
+                       per_channel(operation, "weight", weight, parameter_dtype(from)),
+                       per_channel(operation, "bias", bias, parameter_dtype(from)),
+                       m,
+                       v,
+                       inverse_deviation(v, number(operation, "eps", eps)),
+                       options.channel_axis,
+                       options.activation,
+                       options.negative_slope,
+                       batch_statistics,
+                       false};
+  saved.has_residual = has_residual;
+  saved.residual = optional_input(operation, "residual", residual);
+  if (!passes.is_none()) {
+    saved.passes = passes.cast<py::array_t<std::uint8_t, py::array::c_style>>();
+    if (saved.passes->size() != passes_bytes(from.size()))
+      throw py::value_error("BatchNormSaved: passes: expected one bit for each element of x");
+  }
+  saved.dropout = number(operation, "dropout", dropout);
+  const auto source = generator_of(operation, generator);
+  saved.draw = {source->seed(), source->offset()};
+  return saved;
+}
+
 }  // namespace
 }  // namespace bnext::bind
 
@@ -339,6 +379,12 @@ nbytes : int
 Notes
 -----
 `x` is borrowed: do not change it before backward.)")
+      // For callers that can keep nothing but arrays. `moments` and `passes` are what forward adds
+      // to its arguments; a residual is needed where it gave no `passes` and has an activation.
+      .def(py::init(&saved_of), "x"_a, "mean"_a, "var"_a, "passes"_a, "weight"_a, "bias"_a,
+           py::kw_only(), "eps"_a, "channel_axis"_a, "has_residual"_a, "residual"_a, "activation"_a,
+           "negative_slope"_a, "dropout"_a, "generator"_a, "batch_statistics"_a)
+      .def_property_readonly("passes", [](const BatchNormSaved& s) { return or_none(s.passes); })
       .def_property_readonly("mean",
                              [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.mean); })
       .def_property_readonly("var", [](const BatchNormSaved& s) { return s.in_dtype_of_x(s.var); })

@@ -25,6 +25,27 @@ class Generator:
     def state(self, state: _GeneratorState) -> None: ...
 
 class BatchNormSaved:
+    def __init__(
+        self,
+        x: _Array,
+        mean: _Array,
+        var: _Array,
+        passes: _Array | None,
+        weight: _Array | None,
+        bias: _Array | None,
+        *,
+        eps: float,
+        channel_axis: int,
+        has_residual: bool,
+        residual: _Array | None,
+        activation: _Activation,
+        negative_slope: float,
+        dropout: float,
+        generator: Generator,
+        batch_statistics: bool,
+    ) -> None: ...
+    @property
+    def passes(self) -> _Array | None: ...
     @property
     def mean(self) -> _Array: ...
     @property

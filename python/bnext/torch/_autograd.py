@@ -32,7 +32,7 @@ def _graph_is_kept() -> bool:
 
 
 class BatchNorm(torch.autograd.Function):
-    """y of a normalization, and mean and var of the batch (None if it is by `mean` and `var`)."""
+    """y of a normalization. If not by `mean` and `var`, those of the batch are `grad_fn.batch`."""
 
     @staticmethod
     def forward(
@@ -45,47 +45,48 @@ class BatchNorm(torch.autograd.Function):
         var: Tensor | None,
         seed: _bridge.Seed,
         norm: Norm,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> Tensor:
         ctx.norm, ctx.seed = norm, seed
         ctx.set_materialize_grads(False)
         y, core = _bridge.norm_forward(x, weight, bias, residual, mean, var, seed, norm)
-        by_batch = mean is None
-        # What the core keeps would hold x back from the hooks. Without it, backward runs forward
-        # again on what they return.
-        ctx.core = None if _hooks_on_saved_tensors() else core
+        by_batch = ctx.by_batch = mean is None
+        moments = _bridge.moments(core)
+        if by_batch:
+            ctx.batch = moments
+        # What the core keeps would hold x back from the hooks, so it is made again from tensors.
+        again = _hooks_on_saved_tensors()
+        ctx.core = None if again else core
         # Beside the core's own, tensors are saved so that changes in place are noticed and for
-        # derivatives of the gradient. For these, a bit of each element will do for some residuals.
-        ctx.residual_is_bits = (
-            ctx.core is not None
-            and residual is not None
-            and (norm.activation is None or (by_batch and norm.activation in _bridge.GATED))
+        # derivatives of the gradient.
+        ctx.has_residual = residual is not None
+        ctx.residual_is_bits = ctx.has_residual and not (
+            norm.keeps_residual(by_batch) or (again and _bridge.on_gpu(x))
         )
         ctx.save_for_backward(
             x,
             weight,
-            None if ctx.core is not None and norm.activation is None else bias,
+            bias if again or norm.activation is not None else None,
             None if ctx.residual_is_bits else residual,
-            mean,
-            var,
+            *(moments if again or not by_batch else (None, None)),
+            _bridge.passes(core) if again else None,
         )
-        if not by_batch:
-            return y, None, None
-        batch = _bridge.moments(core)
-        ctx.mark_non_differentiable(*batch)
-        return y, *batch
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
         if grad_y is None:
             return (None,) * 8
-        x, weight, bias, residual, mean, var = saved = ctx.saved_tensors
+        x, weight, bias, residual, mean, var, passes = ctx.saved_tensors
         core = ctx.core
         if core is None:
-            core = _bridge.norm_forward(x, weight, bias, residual, mean, var, ctx.seed, ctx.norm)[1]
+            core = _bridge.norm_saved(
+                x, weight, bias, residual, mean, var, passes,
+                ctx.seed, ctx.norm, ctx.by_batch, ctx.has_residual,
+            )  # fmt: skip
         elif not _graph_is_kept():
             ctx.core = None  # as saved tensors go: the graph lives on as long as the loss does
         if torch.is_grad_enabled() or _is_batched(grad_y):
-            grads = _composed_gradients(ctx, grad_y, core, *saved)
+            grads = _composed_gradients(ctx, grad_y, core, x, weight, bias, residual, mean, var)
         else:
             grads = _bridge.norm_backward(grad_y, core, ctx.norm)
         wanted = zip(grads, ctx.needs_input_grad, strict=False)
@@ -115,8 +116,7 @@ def _composed_gradients(
         return value.to(values.dtype).view(-1, *[1] * (x.dim() - 2))
 
     values = x.to(_bridge.parameter_dtype(x.dtype))
-    by_batch = mean is None
-    if mean is None or var is None:
+    if ctx.by_batch or mean is None or var is None:
         var, mean = torch.var_mean(values, axes, correction=0)
     r = by_channel((var + norm.eps).rsqrt())
     n = (values - by_channel(mean)) * r
@@ -133,7 +133,7 @@ def _composed_gradients(
     h = grad_y.to(values.dtype) * factor
     grad_x = h - h.mean(axes, keepdim=True) - n * (h * n).mean(axes, keepdim=True)
     return (
-        (scale * (grad_x if by_batch else h)).to(x.dtype),
+        (scale * (grad_x if ctx.by_batch else h)).to(x.dtype),
         None if weight is None else (h * n).sum(axes),
         h.sum(axes),
         h.to(x.dtype),

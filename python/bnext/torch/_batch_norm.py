@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from bnext.torch import _autograd, _bridge, _eligible, _library
 from bnext.torch._bridge import Norm
 from bnext.torch._eligible import are_parameters_for, compiling, is_like
+from bnext.torch._tracing import as_leaf
 
 
 def normalize(
@@ -33,16 +35,21 @@ def normalize(
     layer._check_input_dim(x)
     norm = Norm(layer.eps, _bridge.is_last(x), activation, negative_slope, dropout)
     if layer.training or layer.running_mean is None:
+        count = x.numel() // x.shape[1]
+        if count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.size()}"
+            )
         y, mean, var = _by_batch(layer, x, residual, norm)
         if layer.training and layer.track_running_stats:
-            update_running_stats(layer, mean, var, x.numel() // x.shape[1])
+            update_running_stats(layer, mean, var, count)
         return y
     return _by_running_stats(layer, x, residual, norm)
 
 
 def is_eligible(layer: TorchBatchNorm, x: Tensor, residual: Tensor | None) -> bool:
     """Whether the core can do what `layer` does to x."""
-    if not (_eligible.is_eligible(x) and layer.eps > 0):
+    if not (_eligible.is_eligible(x) and 0 < layer.eps < math.inf):
         return False
     mean, var = layer.running_mean, layer.running_var
     return (
@@ -63,6 +70,8 @@ def composed(
     dropout: float,
 ) -> Tensor:
     """What `normalize` is, by operations of PyTorch."""
+    if isinstance(x, fx.Proxy):
+        return as_leaf(layer, *((x,) if residual is None else (x, residual)))
     y = TorchBatchNorm.forward(layer, x)
     if residual is not None:
         y = y + residual
@@ -80,11 +89,12 @@ def _by_batch(
     tensors = (x, layer.weight, layer.bias, residual)
     seed = _bridge.draw_seed(x) if norm.dropout > 0 else None
     if compiling():
-        y, mean, var = _library.batch_norm(*tensors, seed, *norm)
+        y, mean, var, _ = _library.batch_norm(*tensors, seed, *norm)
         return y, mean.detach(), var.detach()
     number = _bridge.known_seed(seed)
     if _needs_grad(*tensors):
-        return _autograd.BatchNorm.apply(*tensors, None, None, number, norm)
+        y = _autograd.BatchNorm.apply(*tensors, None, None, number, norm)
+        return y, *y.grad_fn.batch
     y, saved = _bridge.norm_forward(*tensors, None, None, number, norm)
     return y, *_bridge.moments(saved)
 
@@ -97,7 +107,7 @@ def _by_running_stats(
     if compiling():
         return _library.batch_norm_inference(*tensors, *statistics, *norm[:-1])
     if _needs_grad(*tensors):
-        return _autograd.BatchNorm.apply(*tensors, *statistics, None, norm)[0]
+        return _autograd.BatchNorm.apply(*tensors, *statistics, None, norm)
     return _bridge.norm_inference(*tensors, *statistics, norm)
 
 
@@ -107,17 +117,18 @@ def update_running_stats(layer: TorchBatchNorm, mean: Tensor, var: Tensor, count
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
         if momentum is None:  # the average of all batches
-            momentum = layer.num_batches_tracked.to(mean.dtype).reciprocal()
+            momentum = layer.num_batches_tracked.reciprocal()
     if layer.running_mean is None or momentum is None:
         return
     for running, batch in (
         (layer.running_mean, mean),
         (layer.running_var, var * (count / (count - 1))),
     ):
-        if running.dtype is batch.dtype:
-            running.lerp_(batch, momentum)
+        wide = _bridge.parameter_dtype(running.dtype)
+        if running.dtype is wide:
+            running.lerp_(batch.to(wide), momentum)
         else:  # of 16 bits
-            running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
+            running.copy_(torch.lerp(running.to(wide), batch.to(wide), momentum))
 
 
 class _BatchNorm(TorchBatchNorm):

@@ -66,6 +66,10 @@ class Norm(NamedTuple):
             "negative_slope": self.negative_slope,
         }
 
+    def keeps_residual(self, by_batch: bool) -> bool:
+        """Whether backward needs a residual itself, not only bits of its elements."""
+        return self.activation is not None and not (by_batch and self.activation in GATED)
+
 
 class Drop(NamedTuple):
     """What of a dropout is no tensor. `by_channel`: one bit for each channel of each sample."""
@@ -325,10 +329,60 @@ def _optional_from_gpu(y: Tensor | None, last: bool) -> Tensor | None:
 
 
 def moments(saved: NormSaved) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a batch."""
+    """Mean and biased variance that were used, in float64."""
+    mean, var = saved.moments
     if isinstance(saved, _device.DeviceBatchNormSaved):
-        return saved.mean, saved.var
-    return torch.from_numpy(saved.mean), torch.from_numpy(saved.var)
+        return mean, var
+    return torch.from_numpy(mean), torch.from_numpy(var)
+
+
+def passes(saved: NormSaved) -> Tensor | None:
+    """A bit for each element, if the activation's gradient needs no more of the residual."""
+    if isinstance(saved, _device.DeviceBatchNormSaved) or saved.passes is None:
+        return None
+    return torch.from_numpy(saved.passes)
+
+
+def passes_bytes(x: Tensor) -> int:
+    """The size of `passes`, of x that may have no data, nor an extent that is known."""
+    return _core.passes_bytes(0) + x.numel() // 8
+
+
+def norm_saved(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    passes: Tensor | None,
+    seed: Seed,
+    norm: Norm,
+    by_batch: bool,
+    has_residual: bool,
+) -> NormSaved:
+    """What forward kept, from what `moments` and `passes` found in it, and from its arguments; of
+    them, `residual` may be missing where `Norm.keeps_residual` says so, but on a GPU.
+    """
+    if on_gpu(x):  # which does forward again
+        m, v = (None, None) if by_batch else (mean, var)
+        return _gpu_norm_forward(x, weight, bias, residual, m, v, seed, norm)[1]
+    assert not isinstance(seed, Tensor)
+    return _core.BatchNormSaved(
+        to_array(x, norm.last),
+        to_array(mean.double()),
+        to_array(var.double()),
+        passes.numpy() if passes is not None and passes.numel() else None,
+        _parameter(weight, x.dtype),
+        _parameter(bias, x.dtype),
+        eps=norm.eps,
+        has_residual=has_residual,
+        residual=_optional(residual, norm.last),
+        dropout=norm.dropout,
+        generator=_core.Generator(0 if seed is None else seed),
+        batch_statistics=by_batch,
+        **norm.options,
+    )
 
 
 def _mask_shape(array: Array | Tensor, drop: Drop) -> tuple[int, ...] | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bnext.torch import _autograd, _bridge, _library
 from bnext.torch._bridge import Drop
 from bnext.torch._eligible import compiling, is_eligible
+from bnext.torch._tracing import as_leaf
 
 
 class _Dropout(_DropoutNd):
@@ -18,41 +19,63 @@ class _Dropout(_DropoutNd):
     _by_channel = False
     _rank: int | None = None  # of a batch, for channels; None: any
 
+    @property
+    def _in_place(self) -> bool:
+        return self.inplace and not self._alpha  # which PyTorch's do not do in place either
+
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return as_leaf(self, input)
         if not (self.training and self.p > 0 and is_eligible(input)):
+            return super().forward(input)
+        if self._in_place and not _may_change(input):
             return super().forward(input)
         if self._by_channel:
             if self._rank in (3, 5) and input.dim() == self._rank - 1:  # a sample without batch
-                y = self.forward(input[None])
-                return input if self.inplace else y[0]
+                y = self._drop(input[None])
+                return input if self._in_place else y[0]
             if input.dim() < 2 or self._rank not in (None, input.dim()):
                 return super().forward(input)
         elif not input.is_contiguous():
             return self._in_order_of_memory(input)
-        last = self._by_channel and _bridge.is_last(input)
-        # Memory must lie as the mask does; and operators in graphs change no arguments.
-        dense = input.is_contiguous() or (last and input.movedim(1, -1).is_contiguous())
-        if self.inplace and (compiling() or not dense):
-            return super().forward(input)
-        drop = Drop(self.p, last, self._by_channel, self._alpha)
-        seed = _bridge.draw_seed(input)
-        if compiling():
-            return _library.dropout(input, seed, *drop)
-        number = _bridge.known_seed(seed)
-        if self.inplace or (torch.is_grad_enabled() and input.requires_grad):
-            return _autograd.Dropout.apply(input, number, drop, self.inplace)
-        return _bridge.dropout_forward(input, number, drop)[0]
+        return self._drop(input)
 
     def _in_order_of_memory(self, x: Tensor) -> Tensor:
         """With the axes ordered by their strides, so that those of the result are ordered alike."""
         order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
         ordered = x.permute(order)
-        if not ordered.is_contiguous():
-            if self.inplace:
+        if self._in_place:
+            if not ordered.is_contiguous():
                 return super().forward(x)
-            ordered = ordered.contiguous()
-        y = self.forward(ordered)
-        return x if self.inplace else y.permute([order.index(axis) for axis in range(x.dim())])
+            self._drop(ordered)
+            return x
+        y = self._drop(ordered.contiguous())
+        return y.permute([order.index(axis) for axis in range(x.dim())])
+
+    def _drop(self, x: Tensor) -> Tensor:
+        last = self._by_channel and _bridge.is_last(x)
+        # Memory must lie as the mask does.
+        if self._in_place and not (
+            x.is_contiguous() or (last and x.movedim(1, -1).is_contiguous())
+        ):
+            return super().forward(x)
+        drop = Drop(self.p, last, self._by_channel, self._alpha)
+        seed = _bridge.draw_seed(x)
+        if compiling():
+            return _library.dropout(x, seed, *drop)
+        number = _bridge.known_seed(seed)
+        if self._in_place or (torch.is_grad_enabled() and x.requires_grad):
+            return _autograd.Dropout.apply(x, number, drop, self._in_place)
+        return _bridge.dropout_forward(x, number, drop)[0]
+
+
+def _may_change(x: Tensor) -> bool:
+    """Whether nothing forbids to change x: the core would, before autograd says no. Operators in
+    graphs change no arguments.
+    """
+    return not compiling() and not (
+        x.requires_grad and torch.is_grad_enabled() and (x.is_leaf or x._is_view())
+    )
 
 
 class Dropout(_Dropout, nn.Dropout):

@@ -36,6 +36,7 @@ def is_eligible(x: Tensor) -> bool:
     else:
         special = (
             transforms_active()
+            or torch._C._len_torch_dispatch_stack() > 0  # somebody wants to see PyTorch's ops
             or x.is_neg()
             or torch.jit.is_tracing()
             or forward_ad._current_level >= 0  # derivatives of outputs by one input
@@ -45,15 +46,14 @@ def is_eligible(x: Tensor) -> bool:
 
 def are_parameters_for(x: Tensor, *values: Tensor | None) -> bool:
     """Whether `values` of each channel fit data x: of their dtype, or float32 for 16 bits."""
-    dtype, channels = x.dtype, x.shape[1]
+    dtype, device, shape = x.dtype, x.device, x.shape[1:2]
     wide = _bridge.parameter_dtype(dtype)
     for value in values:
         if value is not None and not (
             _plain(value)
-            and value.device == x.device
+            and value.device == device
             and (value.dtype is dtype or value.dtype is wide)
-            and value.dim() == 1
-            and value.shape[0] == channels
+            and value.shape == shape
         ):
             return False
     return True

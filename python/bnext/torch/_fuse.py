@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -256,6 +257,13 @@ class FusedForward:
             and all(tuple(m._modules.values()) == children for m, children in self.children)
             and all(_same(m.__dict__.get(name), value) for m, name, value in self.reads)
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """What looks into methods, like torch.export, finds the class's own."""
+        if name in ("__code__", "__defaults__", "__globals__", "__qualname__", "__wrapped__"):
+            method = MethodType(type(self.owner).forward, self.owner)
+            return method if name == "__wrapped__" else getattr(method, name)
+        raise AttributeError(name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "function": None}  # made again where it is needed

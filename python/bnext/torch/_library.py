@@ -1,9 +1,10 @@
 """The operations as custom operators, `torch.ops.bnext`: what torch.compile puts into its graphs.
 
-Tensors are all that they may keep for backward, and the core cannot take up what it saved from
-tensors: backward runs forward once more. So inside a compiled graph training costs about half as
-much again as outside.
+Tensors are all that they may keep for backward. So BatchNorm returns what the core found, and
+backward puts together from it and from its arguments what the core would have kept.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,17 @@ def batch_norm(
     activation: str | None,
     negative_slope: float,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and biased variance of the batch. See `bnext.torch._bridge.Norm`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, mean and biased variance of the batch in float64, and bits of elements, which are empty
+    where backward needs none. See `bnext.torch._bridge.Norm`.
+    """
     norm = Norm(eps, last, activation, negative_slope, dropout)
     number = _bridge.known_seed(seed)
     y, saved = _bridge.norm_forward(x, weight, bias, residual, None, None, number, norm)
-    return y, *_bridge.moments(saved)
+    passes = _bridge.passes(saved)
+    if passes is None:
+        passes = torch.empty(0, dtype=torch.uint8, device=x.device)
+    return y, *_bridge.moments(saved), passes
 
 
 @custom_op("bnext::batch_norm_inference", mutates_args=())
@@ -58,9 +64,12 @@ def batch_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    passes: Tensor | None,
     seed: Tensor | None,
+    by_batch: bool,
+    has_residual: bool,
     eps: float,
     last: bool,
     activation: str | None,
@@ -70,21 +79,23 @@ def batch_norm_backward(
     """Gradients of x, weight, bias and residual; empty for those that are not there."""
     norm = Norm(eps, last, activation, negative_slope, dropout)
     number = _bridge.known_seed(seed)
-    saved = _bridge.norm_forward(x, weight, bias, residual, mean, var, number, norm)[1]
+    saved = _bridge.norm_saved(
+        x, weight, bias, residual, mean, var, passes, number, norm, by_batch, has_residual
+    )
     grad_x, *grads = _bridge.norm_backward(grad_y, saved, norm)
     grad_weight, grad_bias, grad_residual = (
-        x.new_empty(0) if grad is None or value is None else grad.to(value.dtype)
-        for grad, value in zip(grads, (weight, bias, residual), strict=True)
+        x.new_empty(0) if grad is None else grad.to(like.dtype)
+        for grad, like in zip(grads, (weight, bias, x), strict=True)
     )
-    if grad_residual is grad_y:  # what an operator returns must not be what it was given
-        grad_residual = _bridge.empty(x, last).copy_(grad_y)
     return grad_x, grad_weight, grad_bias, grad_residual
 
 
 @batch_norm.register_fake
-def _(x, weight, bias, residual, seed, eps, last, *options):  # type: ignore[no-untyped-def]
-    mean = x.new_empty(x.shape[1], dtype=_bridge.parameter_dtype(x.dtype))
-    return _bridge.empty(x, last), mean, torch.empty_like(mean)
+def _(x, weight, bias, residual, seed, eps, last, activation, *options):  # type: ignore[no-untyped-def]
+    mean = x.new_empty(x.shape[1], dtype=torch.float64)
+    bits = residual is not None and activation in _bridge.GATED and not _bridge.on_gpu(x)
+    passes = x.new_empty(_bridge.passes_bytes(x) if bits else 0, dtype=torch.uint8)
+    return _bridge.empty(x, last), mean, torch.empty_like(mean), passes
 
 
 @batch_norm_inference.register_fake
@@ -94,31 +105,52 @@ def _(x, weight, bias, residual, mean, var, eps, last, *options):  # type: ignor
 
 @batch_norm_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_y, x, weight, bias, residual, mean, var, seed, eps, last, *options
+    grad_y, x, weight, bias, residual, mean, var, passes, seed, by_batch, has_residual, *norm
 ):
+    last = Norm(*norm).last
     weights = (
         x.new_empty(0) if value is None else torch.empty_like(value) for value in (weight, bias)
     )
-    grad_residual = x.new_empty(0) if residual is None else _bridge.empty(x, last)
+    grad_residual = _bridge.empty(x, last) if has_residual else x.new_empty(0)
     return _bridge.empty(x, last), *weights, grad_residual
 
 
 def _setup_batch_norm(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, residual, seed, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, bias, residual, None, None, seed)
+    x, weight, bias, residual, seed, *options = inputs
+    _, mean, var, passes = output
+    _save(ctx, (x, weight, bias, residual, mean, var, passes, seed), True, Norm(*options))
     ctx.set_materialize_grads(False)
 
 
 def _setup_batch_norm_inference(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, residual, mean, var, *options = inputs
-    ctx.options = [*options, 0.0]
-    ctx.save_for_backward(x, weight, bias, residual, mean, var, None)
+    *tensors, eps, last, activation, negative_slope = inputs
+    norm = Norm(eps, last, activation, negative_slope)
+    _save(ctx, (*tensors, None, None), False, norm)
+
+
+def _save(ctx: Any, tensors: tuple[Any, ...], by_batch: bool, norm: Norm) -> None:
+    """For the arguments of `batch_norm_backward` after the first."""
+    x, weight, bias, residual, *others = tensors
+    ctx.norm, ctx.by_batch, ctx.has_residual = norm, by_batch, residual is not None
+    if not (norm.keeps_residual(by_batch) or _bridge.on_gpu(x)):
+        residual = None
+    ctx.save_for_backward(x, weight, bias, residual, *others)
 
 
 def _gradients(ctx, grad_y):  # type: ignore[no-untyped-def]
-    grads = batch_norm_backward(grad_y, *ctx.saved_tensors, *ctx.options)
-    given = ctx.saved_tensors[:4]
-    return [grad if value is not None else None for grad, value in zip(grads, given, strict=True)]
+    _, weight, bias, *_ = ctx.saved_tensors
+    # The gradient of a residual that is only added: an operator must not return what it was given.
+    through = ctx.has_residual and ctx.norm.activation is None and ctx.norm.dropout == 0
+    has_residual = ctx.has_residual and not through
+    grad_x, grad_weight, grad_bias, grad_residual = batch_norm_backward(
+        grad_y, *ctx.saved_tensors, ctx.by_batch, has_residual, *ctx.norm
+    )
+    return (
+        grad_x,
+        None if weight is None else grad_weight,
+        None if bias is None else grad_bias,
+        grad_y if through else grad_residual if has_residual else None,
+    )
 
 
 def _batch_norm_gradients(ctx, grad_y, *_):  # type: ignore[no-untyped-def]

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from bnext import _core
 from bnext.torch import _bridge
 from bnext.torch._batch_norm import is_eligible, normalize, update_running_stats
 from bnext.torch._bridge import Norm
+from bnext.torch._tracing import as_leaf
 
 
 class SyncBatchNorm(TorchBatchNorm):
@@ -25,7 +26,7 @@ class SyncBatchNorm(TorchBatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype
+    num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, bias
         As for `torch.nn.SyncBatchNorm`.
 
     Shape: (N, C, *), kept.
@@ -61,15 +62,21 @@ class SyncBatchNorm(TorchBatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs
+        )
         self.process_group = process_group
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return as_leaf(self, input)
         if not input.is_cpu:
             return nn.SyncBatchNorm.forward(self, input)
         self._check_input_dim(input)

@@ -53,6 +53,14 @@ def is_transparent(module: nn.Module) -> bool:
     return type(module) is nn.Sequential and not has_hooks(module)
 
 
+def as_leaf(module: nn.Module, *values: Any) -> Any:
+    """A call of `module` in a graph that `torch.fx` traces, `values[0]` being one of its
+    placeholders. It looks into other modules than those of `torch.nn`.
+    """
+    tracer = values[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), values, {})
+
+
 def trace(module: nn.Module) -> Traced:
     """What ``type(module).forward`` does.
 
