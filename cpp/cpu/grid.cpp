@@ -21,8 +21,10 @@ constexpr std::int64_t medium_size = 1 << 20;  // values
 constexpr std::int64_t small_size = 1 << 18;
 constexpr std::int64_t small_shares = 2;  // for as many threads
 constexpr std::int64_t medium_shares = 4;
-constexpr std::int64_t wide_enough = 64;  // columns that keep a loop over them busy
-constexpr std::int64_t wide_row = 256;    // columns of positions side by side
+constexpr std::int64_t wide_enough = 64;        // columns that keep a loop over them busy
+constexpr std::int64_t line_bytes = 64;         // of the caches
+constexpr std::int64_t long_enough_run = 8192;  // bytes
+constexpr std::int64_t wide_row = 256;          // columns of positions side by side
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -56,6 +58,15 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
     grid.group_channels = std::min({divide_up(long_run, p.s), group_bytes / channel_bytes,
                                     p.c / enough_groups, Grid::max_group_channels});
     grid.group_channels = std::max<std::int64_t>(1, grid.group_channels);
+    // Whole lines, or at least long runs: what is streamed of a line must be all of it.
+    const std::int64_t whole = line_bytes / std::gcd(p.s * item, line_bytes);
+    if (grid.streaming && grid.group_channels % whole != 0 &&
+        grid.group_channels * p.s * item < long_enough_run) {
+      if (whole * channel_bytes <= cache_bytes() / 8 && whole * enough_groups <= p.c)
+        grid.group_channels = std::max(whole, grid.group_channels / whole * whole);
+      else
+        grid.streaming = false;
+    }
     grid.groups = divide_up(p.c, grid.group_channels);
     // Two groups at a time, for each of some threads; results are not in the cache then.
     grid.sum_next =
