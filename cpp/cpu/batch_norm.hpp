@@ -219,7 +219,7 @@ BNEXT_INLINE Pack<Addend<S>> values_of_first(const Run& run, const S* x, std::in
       }));
 }
 
-// The gradients at the normalised values of the sixteen elements from i on, as doubles. f gives the
+// The gradients at the normalised values of the sixteen elements from i on. f gives the
 // coefficients of a place, g and x point to gradients at results and to values.
 template <class Run, class S, class Coefficients>
 BNEXT_INLINE Pack<Addend<S>> gradients_of(const Run& run, const S* g, const S* x, std::int64_t i,

@@ -345,12 +345,10 @@ BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
 BNEXT_INLINE unsigned lanes_at_least(u32v v, std::int32_t least) {
   return mask_of_lanes((i32v)v >= least);
 }
-#endif
-
-#if !defined(__AVX512F__)
 BNEXT_INLINE f32v from_bfloat(half_u16v v) {
   return (f32v)(__builtin_convertvector(v, u32v) << 16);
 }
+// To nearest, ties to even.
 BNEXT_INLINE half_u16v to_bfloat(f32v v) {
   const u32v bits = (u32v)v;
   const u32v rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
