@@ -9,11 +9,15 @@
 namespace bnext {
 namespace cuda {
 
-// Where sums of blocks meet.
+// Where blocks meet.
 struct Meeting {
-  Sums* partials;     // chunk by chunk, each of all channels or columns
-  unsigned* tickets;  // 0, and again 0 afterwards
-  Sums* totals;       // backward: of each channel, {sum g, sum g n}
+  // Reading twice
+  Sums* partials;     // of each item, sums_per_item of them
+  unsigned* tickets;  // of each group: 0, and again 0 afterwards
+  // Reading once
+  Letter* letters;  // for each column of each group one from each chunk; and then those that say
+                    // the coefficients of each channel
+  unsigned launch;  // its number, which no earlier letter bears
 };
 
 template <class T>
@@ -27,7 +31,8 @@ template <class S>
 struct Forward {
   using T = Compute<S>;
   using Coefficients = Affine<T>;
-  static constexpr int accesses = 1, together = 4;  // arrays that are read, slots at a time
+  using Center = T;  // a value of the channel, around which its sums are made
+  static constexpr int tensors = 1, together = 4;  // that are read; slots at a time
 
   BatchNormForwardArgs a;
   const void* given_mean;  // inference
@@ -35,42 +40,71 @@ struct Forward {
   bool wide;
 
   __device__ const S* x() const { return static_cast<const S*>(a.x); }
-  __device__ double count() const { return static_cast<double>(a.problem.per_channel()); }
-  // A value of the channel, around which its sums are made.
-  __device__ double origin(std::int64_t c) const {
-    const std::int64_t between = a.problem.channels_last ? 1 : a.problem.s;
-    return static_cast<double>(widen(x()[c * between]));
+  __device__ Center center(std::int64_t c) const {
+    return widen(x()[c * (a.problem.channels_last ? 1 : a.problem.s)]);
   }
 
-  // From the sums of all its values.
-  __device__ void finish(std::int64_t c, double origin, const Sums& sums, Sums*) const {
-    const Moments total = moments_from_shifted(count(), origin, sums.first, sums.second);
+  // What the sums of a channel say, and where it is kept.
+  struct Known {
+    double mean, inv_std;
+  };
+  __device__ Known finish(std::int64_t c, const Sums& sums) const {
+    const auto count = static_cast<double>(a.problem.per_channel());
+    const Moments total =
+        moments_from_shifted(count, static_cast<double>(center(c)), sums.first, sums.second);
     const double var = total.m2 / total.count;
-    a.mean[c] = total.mean;
+    const Known known{total.mean, 1 / sqrt(var + a.eps)};
+    a.mean[c] = known.mean;
     a.var[c] = var;
-    a.inv_std[c] = 1 / sqrt(var + a.eps);
+    a.inv_std[c] = known.inv_std;
+    return known;
   }
-  __device__ Coefficients coefficients(std::int64_t c, const Sums*) const {
-    const double weight = value_or<T>(a.weight, c, 1), bias = value_or<T>(a.bias, c, 0);
-    if (given_mean == nullptr) return normalisation<T>(a.mean[c], a.inv_std[c], weight, bias);
-    const double var = value_or<T>(given_var, c, 0);
-    return normalisation<T>(value_or<T>(given_mean, c, 0), 1 / sqrt(var + a.eps), weight, bias);
+  __device__ Known known(std::int64_t c) const {
+    if (given_mean == nullptr) return {fresh(a.mean + c), fresh(a.inv_std + c)};
+    return {value_or<T>(given_mean, c, 0), 1 / sqrt(value_or<T>(given_var, c, 0) + a.eps)};
+  }
+  __device__ Coefficients coefficients(std::int64_t c, const Known& known) const {
+    return normalisation<T>(known.mean, known.inv_std, value_or<T>(a.weight, c, 1),
+                            value_or<T>(a.bias, c, 0));
   }
 
   // What is read at a slot.
   struct Input {
     Stored<S> x;
   };
-  __device__ Input input(const Slot& slot) const {
+  template <class At>
+  __device__ Input input(const At& slot) const {
     return {load(x(), slot, a.problem.size(), wide)};
   }
+  template <class At>
+  __device__ void bring(Stored<S>* at, int, const At& slot) const {
+    fetch(at, x(), slot, a.problem.size(), wide);
+  }
+  __device__ static Input brought(const Stored<S>* at, int) { return {at[0]}; }
 
   template <bool plain>
   __device__ Tail<S, plain> tail() const {
     return {a.fusion, a.problem.size(), wide};
   }
-  template <bool plain, class CoefficientsOf>
-  __device__ void write(const Slot& slot, const Input& in, const Stored<S>& residual,
+  // The sums come before everything that follows the normalisation.
+  template <bool plain, class At>
+  __device__ Stored<S> residual_of_sums(const At&) const {
+    return {};
+  }
+  // Adds what the values of a slot add to the sums.
+  template <bool plain, class At, class CenterOf, class SumsOf>
+  __device__ void sum(const At& slot, const Input& in, const Stored<S>&,
+                      CenterOf center, SumsOf sums) const {
+#pragma unroll
+    for (int e = 0; e < width_of<S>; ++e) {
+      const T c = center(e), x = slot.has(e) ? in.x[e] : c;
+      // Numbers of 16 bits are apart by what float32 can tell.
+      sums(e).add_moments(sizeof(S) == 2 ? static_cast<double>(x - c)
+                                         : static_cast<double>(x) - static_cast<double>(c));
+    }
+  }
+  template <bool plain, class At, class CoefficientsOf>
+  __device__ void write(const At& slot, const Input& in, const Stored<S>& residual,
                         CoefficientsOf of) const {
     T z[width_of<S>];
 #pragma unroll
@@ -90,9 +124,14 @@ template <class S>
 struct Backward {
   using T = Compute<S>;
   using Coefficients = BackwardCoefficients<T>;
-  static constexpr int accesses = 2, together = 2;
+  struct Center {
+    Affine<T> forward;
+    double origin;  // what x is counted from in the sums: see Sums::add_products
+  };
+  static constexpr int tensors = 2, together = 2;
 
   BatchNormBackwardArgs a;
+  Sums* totals;  // of each channel, {sum g, sum g n}, for another launch
   bool wide;
 
   __device__ Centered channel(std::int64_t c) const {
@@ -104,43 +143,61 @@ struct Backward {
     return normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
                             value_or<T>(a.bias, c, 0));
   }
-  // What x is counted from in the sums: see Sums::add_products.
   __device__ double origin(std::int64_t c) const { return sizeof(T) == 4 ? 0 : channel(c).center; }
+  __device__ Center center(std::int64_t c) const { return {forward(c), origin(c)}; }
 
-  __device__ void finish(std::int64_t c, double origin, const Sums& sums, Sums* totals) const {
+  using Known = Sums;
+  __device__ Known finish(std::int64_t c, const Sums& sums) const {
     const Centered by = channel(c);
-    const double lost = by.center - origin;
+    const double lost = by.center - origin(c);
     const double gx = lost == 0 ? sums.second : sums.second - lost * sums.first;
-    const double gn = gx * by.scale;
-    totals[c] = {sums.first, gn};
-    if (a.grad_weight != nullptr) static_cast<T*>(a.grad_weight)[c] = static_cast<T>(gn);
-    if (a.grad_bias != nullptr) static_cast<T*>(a.grad_bias)[c] = static_cast<T>(sums.first);
+    const Known known{sums.first, gx * by.scale};
+    if (totals != nullptr) totals[c] = known;
+    if (a.grad_weight != nullptr) static_cast<T*>(a.grad_weight)[c] = static_cast<T>(known.second);
+    if (a.grad_bias != nullptr) static_cast<T*>(a.grad_bias)[c] = static_cast<T>(known.first);
+    return known;
   }
-  __device__ Coefficients coefficients(std::int64_t c, const Sums* totals) const {
+  __device__ Known known(std::int64_t c) const { return fresh(totals + c); }
+  __device__ Coefficients coefficients(std::int64_t c, const Known& known) const {
     const Centered by = channel(c);
     const auto count = static_cast<double>(a.problem.per_channel());
     // Constant statistics pass no gradient on, not even one that is not finite.
-    const double g = a.batch_statistics ? totals[c].first / count : 0;
-    const double gn = a.batch_statistics ? totals[c].second / count : 0;
+    const double g = a.batch_statistics ? known.first / count : 0;
+    const double gn = a.batch_statistics ? known.second / count : 0;
     return {forward(c), grad_normalisation<T>(by.center, by.scale, by.weight, g, gn)};
   }
 
   struct Input {
     Stored<S> g, x;
   };
-  __device__ Input input(const Slot& slot) const {
+  __device__ const S* g() const { return static_cast<const S*>(a.grad_y); }
+  __device__ const S* x() const { return static_cast<const S*>(a.x); }
+  template <class At>
+  __device__ Input input(const At& slot) const {
     const std::int64_t size = a.problem.size();
-    return {load(static_cast<const S*>(a.grad_y), slot, size, wide),
-            load(static_cast<const S*>(a.x), slot, size, wide)};
+    return {load(g(), slot, size, wide), load(x(), slot, size, wide)};
+  }
+  template <class At>
+  __device__ void bring(Stored<S>* at, int places, const At& slot) const {
+    const std::int64_t size = a.problem.size();
+    fetch(at, g(), slot, size, wide);
+    fetch(at + places, x(), slot, size, wide);
+  }
+  __device__ static Input brought(const Stored<S>* at, int places) {
+    return {at[0], at[places]};
   }
 
   template <bool plain>
   __device__ Tail<S, plain> tail() const {
     return {a.fusion, a.problem.size(), wide};
   }
+  template <bool plain, class At>
+  __device__ Stored<S> residual_of_sums(const At& slot) const {
+    return tail<plain>().residual(slot);
+  }
   // g before the activation, and x.
-  template <bool plain, class AffineOf>
-  __device__ void gradients(T (&g)[width_of<S>], T (&x)[width_of<S>], const Slot& slot,
+  template <bool plain, class At, class AffineOf>
+  __device__ void gradients(T (&g)[width_of<S>], T (&x)[width_of<S>], const At& slot,
                             const Input& in, const Stored<S>& residual, AffineOf of) const {
     const Tail<S, plain> tail = this->template tail<plain>();
     tail.inputs(x, in.x);
@@ -148,8 +205,19 @@ struct Backward {
     for (int e = 0; e < width_of<S>; ++e) g[e] = in.g[e];
     tail.gradients(g, x, residual, slot, of);
   }
-  template <bool plain, class CoefficientsOf>
-  __device__ void write(const Slot& slot, const Input& in, const Stored<S>& residual,
+  template <bool plain, class At, class CenterOf, class SumsOf>
+  __device__ void sum(const At& slot, const Input& in, const Stored<S>& residual,
+                      CenterOf center, SumsOf sums) const {
+    T g[width_of<S>], x[width_of<S>];
+    gradients<plain>(g, x, slot, in, residual, [&](int e) { return center(e).forward; });
+#pragma unroll
+    for (int e = 0; e < width_of<S>; ++e) {
+      const bool has = slot.has(e);
+      sums(e).add_products(has ? g[e] : T{}, has ? x[e] : T{}, center(e).origin);
+    }
+  }
+  template <bool plain, class At, class CoefficientsOf>
+  __device__ void write(const At& slot, const Input& in, const Stored<S>& residual,
                         CoefficientsOf of) const {
     T g[width_of<S>], x[width_of<S>];
     gradients<plain>(g, x, slot, in, residual, [&](int e) { return of(e).forward; });
@@ -161,374 +229,422 @@ struct Backward {
   }
 };
 
-// -- sums of one channel, some slots at a time ----------------------------------------------------
+// -- items ----------------------------------------------------------------------------------------
 
-template <class S, bool plain>
-class ChannelSums {
- public:
-  using T = Compute<S>;
-  static constexpr int width = width_of<S>;
+// What is kept for each value of an access: in columns, they are of different ones.
+template <class T, int count>
+struct Each {
+  T of[count];
 
-  __device__ ChannelSums(const Forward<S>& op, std::int64_t c) : origin_(op.origin(c)) {}
-  __device__ ChannelSums(const Backward<S>& op, std::int64_t c)
-      : origin_(op.origin(c)), forward_(op.forward(c)) {}
-
-  template <int count>
-  __device__ void add(const Forward<S>&, const Slot (&slots)[count],
-                      const typename Forward<S>::Input (&in)[count]) {
-#pragma unroll
-    for (int u = 0; u < count; ++u)
-#pragma unroll
-      for (int e = 0; e < width; ++e)
-        if (slots[u].has(e)) sums_.add_moments(in[u].x[e], origin_);
-  }
-  template <int count>
-  __device__ void add(const Backward<S>& op, const Slot (&slots)[count],
-                      const typename Backward<S>::Input (&in)[count]) {
-    const Tail<S, plain> tail = op.template tail<plain>();
-    Stored<S> residual[count];
-#pragma unroll
-    for (int u = 0; u < count; ++u)
-      if (slots[u].end > slots[u].begin) residual[u] = tail.residual(slots[u]);
-#pragma unroll
-    for (int u = 0; u < count; ++u) {
-      if (slots[u].end == slots[u].begin) continue;
-      T g[width], x[width];
-      op.template gradients<plain>(g, x, slots[u], in[u], residual[u],
-                                   [&](int) { return forward_; });
-#pragma unroll
-      for (int e = 0; e < width; ++e)
-        if (slots[u].has(e)) sums_.add_products(g[e], x[e], origin_);
-    }
-  }
-  __device__ const Sums& sums() const { return sums_; }
-  __device__ double origin() const { return origin_; }
-
- private:
-  double origin_;
-  Affine<T> forward_ = {};
-  Sums sums_ = {0, 0};
+  __device__ T& operator()(int e) { return of[count == 1 ? 0 : e]; }
+  __device__ const T& operator()(int e) const { return of[count == 1 ? 0 : e]; }
 };
 
-// -- rows -----------------------------------------------------------------------------------------
+template <Layout layout, class S>
+constexpr int columns_of = layout == Layout::rows ? 1 : width_of<S>;
+// `fast`: all slots are whole accesses; see Plan::whole.
+template <bool fast>
+using Index = std::conditional_t<fast, int, std::int64_t>;
+template <Layout layout, bool fast>
+using Slots = std::conditional_t<layout == Layout::rows, RowSlots<Index<fast>>,
+                                 ColumnSlots<Index<fast>>>;
 
-// Calls body(slots, numbers) for the slots of this thread, `together` at a time.
-template <int together, class Body>
-__device__ inline void for_each_slots(RowSlots walk, Body body) {
-  while (walk.valid()) {
-    Slot slots[together];
-    std::int64_t numbers[together];
+// Calls body(e, column) for the values of an access that have columns of their own in the group.
+template <int count, class Walk, class Body>
+__device__ inline void for_columns(const Walk& walk, Body body) {
+  if constexpr (count == 1) {
+    body(0, 0);
+  } else {
 #pragma unroll
-    for (int u = 0; u < together; ++u) {
-      slots[u] = walk.valid() ? walk.get() : Slot{0, 0, 0};
-      numbers[u] = walk.number();
-      if (walk.valid()) walk.next();
-    }
-    body(slots, numbers);
+    for (int e = 0; e < count; ++e)
+      if (walk.has(e)) body(e, walk.column(e));
   }
 }
 
-// Sums of (channel, chunk); the last block of a channel adds up its chunks.
-template <class S, class Op, bool plain>
-__global__ void __launch_bounds__(block_threads) sum_rows(Op op, Plan plan, Meeting meeting) {
-  auto* scratch = reinterpret_cast<Sums*>(shared_memory());
-  const std::int64_t channel = blockIdx.x / plan.chunks, chunk = blockIdx.x % plan.chunks;
-  ChannelSums<S, plain> sums(op, channel);
-  for_each_slots<Op::together>(
-      RowSlots(plan, channel, chunk, threadIdx.x, blockDim.x),
-      [&](const Slot(&slots)[Op::together], const std::int64_t (&)[Op::together]) {
-        typename Op::Input in[Op::together];
-#pragma unroll
-        for (int u = 0; u < Op::together; ++u)
-          if (slots[u].end > slots[u].begin) in[u] = op.input(slots[u]);
-        sums.add(op, slots, in);
-      });
-  Sums total = block_sum(sums.sums(), scratch);
-  Sums* const of_channel = meeting.partials + channel * plan.chunks;
-  if (plan.chunks > 1) {
-    if (threadIdx.x == 0) of_channel[chunk] = total;
-    if (!last_to_arrive(meeting.tickets + channel, static_cast<unsigned>(plan.chunks),
-                        reinterpret_cast<unsigned*>(scratch)))
-      return;
-    Sums mine{0, 0};
-    for (std::int64_t k = threadIdx.x; k < plan.chunks; k += blockDim.x) mine.add(of_channel[k]);
-    total = block_sum(mine, scratch);
-  }
-  if (threadIdx.x == 0) op.finish(channel, sums.origin(), total, meeting.totals);
-}
-
-// Last blocks first: what the sums read last is still in the cache.
-template <class S, class Op, bool plain>
-__global__ void __launch_bounds__(block_threads) write_rows(Op op, Plan plan, Meeting meeting) {
-  auto* of_channel = reinterpret_cast<typename Op::Coefficients*>(shared_memory());
-  const std::int64_t block = static_cast<std::int64_t>(gridDim.x) - 1 - blockIdx.x;
-  const std::int64_t channel = block / plan.chunks, chunk = block % plan.chunks;
-  if (threadIdx.x == 0) *of_channel = op.coefficients(channel, meeting.totals);
-  __syncthreads();
-  const typename Op::Coefficients coefficients = *of_channel;
-  const Tail<S, plain> tail = op.template tail<plain>();
-  for_each_slots<Op::together>(
-      RowSlots(plan, channel, chunk, threadIdx.x, blockDim.x),
-      [&](const Slot(&slots)[Op::together], const std::int64_t (&)[Op::together]) {
-        typename Op::Input in[Op::together];
-        Stored<S> residual[Op::together];
-#pragma unroll
-        for (int u = 0; u < Op::together; ++u)
-          if (slots[u].end > slots[u].begin) {
-            in[u] = op.input(slots[u]);
-            residual[u] = tail.residual(slots[u]);
-          }
-#pragma unroll
-        for (int u = 0; u < Op::together; ++u)
-          if (slots[u].end > slots[u].begin)
-            op.template write<plain>(slots[u], in[u], residual[u],
-                                     [&](int) { return coefficients; });
-      });
-}
-
-// A cluster takes a channel through all steps, with what it read in shared memory.
-template <class S, class Op, bool plain>
-__global__ void __launch_bounds__(most_threads) resident(Op op, Plan plan, Meeting meeting) {
-  using Input = typename Op::Input;
-  using Coefficients = typename Op::Coefficients;
-  constexpr int warps = most_threads / warp_threads;
-  auto* kept = reinterpret_cast<Input*>(shared_memory());
-  auto* scratch = reinterpret_cast<Sums*>(shared_memory() + plan.shared_bytes);
-  Sums* const of_block = scratch + warps;
-  auto* of_channel = reinterpret_cast<Coefficients*>(of_block + 1);
-
-  const std::int64_t channel = blockIdx.x / plan.cluster, chunk = blockIdx.x % plan.cluster;
-  const RowSlots walk(plan, channel, chunk, threadIdx.x, blockDim.x);
-  ChannelSums<S, plain> sums(op, channel);
-  for_each_slots<Op::together>(
-      walk, [&](const Slot(&slots)[Op::together], const std::int64_t (&numbers)[Op::together]) {
-        Input in[Op::together];
-#pragma unroll
-        for (int u = 0; u < Op::together; ++u)
-          if (slots[u].end > slots[u].begin) in[u] = op.input(slots[u]);
-#pragma unroll
-        for (int u = 0; u < Op::together; ++u)
-          if (slots[u].end > slots[u].begin) kept[numbers[u]] = in[u];
-        sums.add(op, slots, in);
-      });
-  Sums total = block_sum(sums.sums(), scratch);
-  if (plan.cluster > 1) {
-    if (threadIdx.x == 0) *of_block = total;
-    cluster_barrier();
-    total = {0, 0};
-    for (int rank = 0; rank < plan.cluster; ++rank) total.add(*of_peer(of_block, rank));
-    cluster_barrier();  // before a block may end
-  }
-  if (threadIdx.x == 0) {
-    // All blocks of a cluster write the same, and each reads what it has written itself.
-    // (The first of the channel's values may be overwritten by now.)
-    op.finish(channel, sums.origin(), total, meeting.totals);
-    *of_channel = op.coefficients(channel, meeting.totals);
-  }
-  __syncthreads();
-  const Coefficients coefficients = *of_channel;
-  const Tail<S, plain> tail = op.template tail<plain>();
-  for_each_slots<1>(walk, [&](const Slot(&slots)[1], const std::int64_t (&numbers)[1]) {
-    if (slots[0].end == slots[0].begin) return;
-    op.template write<plain>(slots[0], kept[numbers[0]], tail.residual(slots[0]),
-                             [&](int) { return coefficients; });
+template <int count, class Op, class Walk>
+__device__ inline void find_centers(Each<typename Op::Center, count>& centers, const Op& op,
+                                    const Plan& plan, std::int64_t group, const Walk& walk) {
+  const std::int64_t first = first_channel(plan, group);
+  for_columns<count>(walk, [&](int e, int column) {
+    centers(e) = op.center(first + channel_of_column(plan, column));
   });
 }
 
-// -- columns --------------------------------------------------------------------------------------
+// Calls body(slot, number) for the slots of a thread.
+template <class S, bool fast, class Walk, class Body>
+__device__ inline void for_slots(Walk walk, Body body) {
+  for (; walk.valid(); walk.next()) {
+    if constexpr (fast)
+      body(WholeSlot<width_of<S>>{walk.first_if_whole()}, walk.number());
+    else if (const Slot slot = walk.get(); slot.any())
+      body(slot, walk.number());
+  }
+}
 
-// Sums of a column of accesses, one for each value of it.
-template <class S, bool plain>
-class ColumnSums {
- public:
-  using T = Compute<S>;
-  static constexpr int width = width_of<S>;
-  static constexpr int forward_rows = 8, backward_rows = 4;
-
-  template <class Op>
-  __device__ ColumnSums(const Op& op, const Plan& plan, std::int64_t column) {
+// Calls load(u, slot) for some slots of a thread, and then body(u, slot), until all had their turn.
+template <class S, bool fast, int together, class Walk, class Load, class Body>
+__device__ inline void for_some_slots(Walk walk, Load load, Body body) {
+  using At = std::conditional_t<fast, WholeSlot<width_of<S>>, Slot>;
+  while (walk.valid()) {
+    At slots[together];
+    bool has[together];
 #pragma unroll
-    for (int e = 0; e < width; ++e) {
-      sums_[e] = {0, 0};
-      if (column + e < plan.width) set(op, e, channel_of_column(plan, column + e));
+    for (int u = 0; u < together; ++u) {
+      has[u] = walk.valid();
+      if (!has[u]) continue;
+      if constexpr (fast)
+        slots[u].first = walk.first_if_whole();
+      else
+        slots[u] = walk.get();
+      has[u] = slots[u].any();
+      if (has[u]) load(u, slots[u]);
+      walk.next();
     }
+#pragma unroll
+    for (int u = 0; u < together; ++u)
+      if (has[u]) body(u, slots[u]);
   }
-  __device__ void add_all(const Forward<S>& op, ColumnSlots walk) {
-    while (walk.valid()) {
-      Slot slots[forward_rows];
-      Stored<S> in[forward_rows];
-      each(walk, slots, [&](int r) { in[r] = op.input(slots[r]).x; });
-#pragma unroll
-      for (int r = 0; r < forward_rows; ++r)
-#pragma unroll
-        for (int e = 0; e < width; ++e)
-          if (slots[r].has(e)) sums_[e].add_moments(in[r][e], origin_[e]);
-    }
-  }
-  __device__ void add_all(const Backward<S>& op, ColumnSlots walk) {
-    const Tail<S, plain> tail = op.template tail<plain>();
-    while (walk.valid()) {
-      Slot slots[backward_rows];
-      typename Backward<S>::Input in[backward_rows];
-      Stored<S> residual[backward_rows];
-      each(walk, slots, [&](int r) {
-        in[r] = op.input(slots[r]);
-        residual[r] = tail.residual(slots[r]);
-      });
-#pragma unroll
-      for (int r = 0; r < backward_rows; ++r) {
-        if (slots[r].end == 0) continue;
-        T g[width], x[width];
-        op.template gradients<plain>(g, x, slots[r], in[r], residual[r],
-                                     [&](int e) { return forward_[e]; });
-#pragma unroll
-        for (int e = 0; e < width; ++e)
-          if (slots[r].has(e)) sums_[e].add_products(g[e], x[e], origin_[e]);
-      }
-    }
-  }
-  __device__ const Sums& operator[](int e) const { return sums_[e]; }
+}
 
- private:
-  template <int rows, class Load>
-  static __device__ void each(ColumnSlots& walk, Slot (&slots)[rows], Load load) {
+// Sums of the threads of each warp, into rows of sums_per_item of `scratch`; then, for each column,
+// total(column, sums of all warps), by a thread.
+template <int count, class Walk, class Total>
+__device__ inline void fold_item(Sums* scratch, const Plan& plan, const Walk& walk,
+                                 const Each<Sums, count>& mine, Total total) {
+  const auto columns = static_cast<int>(plan.sums_per_item());
+  const int across = count == 1 ? 1 : plan.across;
+  const auto warps = static_cast<int>(blockDim.x) / warp_threads;
+  const auto warp = static_cast<int>(threadIdx.x) / warp_threads;
+  Each<Sums, count> of_warp;
 #pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      slots[r] = walk.valid() ? walk.get() : Slot{0, 0, 0};
-      if (slots[r].end > 0) load(r);
-      if (walk.valid()) walk.next();
+  for (int e = 0; e < count; ++e) of_warp(e) = warp_sum(mine(e), across);
+  // Threads without rows of their own have columns, too.
+  if (static_cast<int>(threadIdx.x) % warp_threads < across)
+    for_columns<count>(walk,
+                       [&](int e, int column) { scratch[warp * columns + column] = of_warp(e); });
+  __syncthreads();
+  for (auto i = static_cast<int>(threadIdx.x); i < columns; i += static_cast<int>(blockDim.x)) {
+    Sums sums = scratch[i];
+#pragma unroll 4
+    for (int w = 1; w < warps; ++w) sums.add(scratch[w * columns + i]);
+    total(i, sums);
+  }
+}
+
+// The sums of all chunks of a group, into the first sums_per_item of `scratch`.
+__device__ inline void gather(Sums* scratch, const Plan& plan, const Meeting& meeting,
+                              std::int64_t group) {
+  constexpr int together = 8;
+  const auto columns = static_cast<int>(plan.sums_per_item());
+  const auto chunks = static_cast<int>(plan.chunks);
+  const int parts = static_cast<int>(blockDim.x) / columns;
+  const auto thread = static_cast<int>(threadIdx.x), part = thread / columns;
+  const Sums* from = meeting.partials + group * chunks * columns + thread % columns;
+  Sums sums{0, 0};
+  for (int chunk = part; part < parts && chunk < chunks; chunk += together * parts) {
+    Sums next[together];
+#pragma unroll
+    for (int u = 0; u < together; ++u) {
+      const int k = chunk + u * parts;
+      next[u] = k < chunks ? fresh(from + static_cast<std::int64_t>(k) * columns) : Sums{0, 0};
     }
-  }
-  __device__ void set(const Forward<S>& op, int e, std::int64_t c) { origin_[e] = op.origin(c); }
-  __device__ void set(const Backward<S>& op, int e, std::int64_t c) {
-    origin_[e] = op.origin(c);
-    forward_[e] = op.forward(c);
-  }
-
-  Sums sums_[width];
-  double origin_[width] = {};
-  Affine<T> forward_[width] = {};
-};
-
-// Sums of a tile, over the threads that are below each other: in place of those of the first.
-template <class S, bool plain>
-__device__ inline void fold_columns(const Plan& plan, const ColumnSums<S, plain>& sums,
-                                    Sums* scratch) {
-  constexpr int width = width_of<S>;
-  const auto thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const auto across = static_cast<int>(plan.tile_vectors);
-  const int down = threads / across, row = thread / across;
 #pragma unroll
-  for (int e = 0; e < width; ++e) scratch[e * threads + thread] = sums[e];
-  int half = 1;
-  while (half < down) half *= 2;
-  for (half /= 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (row < half && row + half < down)
-#pragma unroll
-      for (int e = 0; e < width; ++e)
-        scratch[e * threads + thread].add(scratch[e * threads + thread + half * across]);
+    for (int u = 0; u < together; ++u) sums.add(next[u]);
   }
   __syncthreads();
+  if (part < parts) scratch[thread] = sums;
+  fold(scratch, parts, columns);
 }
 
-// Adds up the columns and chunks of the channels [first, last), a warp for each. get(chunk, column)
-// has the sums.
-template <class Op, class Get>
-__device__ inline void finish_columns(const Op& op, const Plan& plan, std::int64_t chunks,
-                                      std::int64_t first, std::int64_t last, Sums* totals,
-                                      Get get) {
-  const std::int64_t columns = plan.width / plan.channel_columns * plan.per;
-  const std::int64_t warps = blockDim.x / warp_threads;
-  for (std::int64_t c = first + threadIdx.x / warp_threads; c < last; c += warps) {
-    Sums mine{0, 0};
-    for (std::int64_t i = threadIdx.x % warp_threads; i < chunks * columns; i += warp_threads) {
-      const std::int64_t of = i % columns;
-      mine.add(
-          get(i / columns, of / plan.per * plan.channel_columns + c * plan.per + of % plan.per));
-    }
-    const Sums total = warp_sum(mine);
-    if (threadIdx.x % warp_threads == 0) op.finish(c, op.origin(c), total, totals);
+// The sum over the columns of a channel, number `i` of its group.
+template <class SumOf>
+__device__ inline Sums sum_columns(const Plan& plan, int i, SumOf sum_of) {
+  const auto per = static_cast<int>(plan.per), columns = static_cast<int>(plan.sums_per_item());
+  Sums total{0, 0};
+  for (int replica = 0; replica < columns; replica += static_cast<int>(plan.channel_columns))
+    for (int k = 0; k < per; ++k) total.add(sum_of(replica + i * per + k));
+  return total;
+}
+
+// What follows from the sums of a group's columns, for each of its channels.
+template <class Op>
+__device__ inline void finish_group(typename Op::Coefficients* of_channels, const Op& op,
+                                    const Plan& plan, std::int64_t group, const Sums* sums) {
+  const std::int64_t first = first_channel(plan, group);
+  const int channels = channels_of(plan, group);
+  for (auto i = static_cast<int>(threadIdx.x); i < channels; i += static_cast<int>(blockDim.x)) {
+    const Sums total = sum_columns(plan, i, [&](int column) { return sums[column]; });
+    const typename Op::Known known = op.finish(first + i, total);
+    if (of_channels != nullptr) of_channels[i] = op.coefficients(first + i, known);
   }
 }
+template <class Op>
+__device__ inline void recall_group(typename Op::Coefficients* of_channels, const Op& op,
+                                    const Plan& plan, std::int64_t group) {
+  const std::int64_t first = first_channel(plan, group);
+  const int channels = channels_of(plan, group);
+  for (auto i = static_cast<int>(threadIdx.x); i < channels; i += static_cast<int>(blockDim.x))
+    of_channels[i] = op.coefficients(first + i, op.known(first + i));
+}
 
-// `sums` and `writes`: which of the two steps; both in one launch with Path::columns_once.
-template <class S, class Op, bool plain>
+template <int count, class Coefficients, class Walk>
+__device__ inline void find_coefficients(Each<Coefficients, count>& mine, const Plan& plan,
+                                         const Walk& walk, const Coefficients* of_channels) {
+  for_columns<count>(walk, [&](int e, int column) {
+    mine(e) = of_channels[channel_of_column(plan, column)];
+  });
+}
+
+// -- two launches ---------------------------------------------------------------------------------
+
+template <class S, class Op, Layout layout, bool plain, bool fast>
 __global__ void __launch_bounds__(block_threads)
-    columns(Op op, Plan plan, Meeting meeting, bool sums, bool writes) {
-  using Coefficients = typename Op::Coefficients;
-  constexpr int width = width_of<S>;
+    sum_items(const __grid_constant__ Op op, const __grid_constant__ Plan plan,
+              const Meeting meeting) {
+  constexpr int count = columns_of<layout, S>, together = Op::together;
   auto* scratch = reinterpret_cast<Sums*>(shared_memory());
-  std::int64_t block = blockIdx.x;
-  if (!sums) block = static_cast<std::int64_t>(gridDim.x) - 1 - block;  // as in write_rows
-  const std::int64_t tile = block % plan.tiles, chunk = block / plan.tiles;
-  const ColumnSlots walk(plan, tile, chunk, threadIdx.x, blockDim.x);
-  const std::int64_t column = walk.column();
-  const std::int64_t tile_columns = plan.tile_vectors * width, first_column = tile * tile_columns;
-  const auto threads = static_cast<std::int64_t>(blockDim.x);
-
-  if (sums) {
-    {
-      ColumnSums<S, plain> mine(op, plan, column);
-      mine.add_all(op, walk);
-      fold_columns<S, plain>(plan, mine, scratch);
-    }
-    const auto in_tile = [&](std::int64_t of) -> Sums& {
-      return scratch[of % width * threads + of / width];
-    };
-    // Channels of this tile, or all where they lie in several.
-    const std::int64_t first = plan.own_tiles && plan.tiles > 1 ? first_column : 0;
-    std::int64_t last = plan.own_tiles && plan.tiles > 1 ? first + tile_columns : plan.problem.c;
-    if (last > plan.problem.c) last = plan.problem.c;
-    if (plan.path == Path::columns_once) {
-      finish_columns(op, plan, 1, first, last, meeting.totals,
-                     [&](std::int64_t, std::int64_t of) { return in_tile(of - first_column); });
-    } else {
-      for (std::int64_t of = threadIdx.x; of < tile_columns && first_column + of < plan.width;
-           of += threads)
-        meeting.partials[chunk * plan.width + first_column + of] = in_tile(of);
-      const std::int64_t others = plan.own_tiles ? plan.chunks : plan.chunks * plan.tiles;
-      __syncthreads();
-      if (last_to_arrive(meeting.tickets + (plan.own_tiles ? tile : 0),
-                         static_cast<unsigned>(others), reinterpret_cast<unsigned*>(scratch)))
-        finish_columns(
-            op, plan, plan.chunks, first, last, meeting.totals,
-            [&](std::int64_t k, std::int64_t of) { return meeting.partials[k * plan.width + of]; });
-    }
-    __syncthreads();
+  const auto chunks = static_cast<unsigned>(plan.chunks);
+  const unsigned group = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  Slots<layout, fast> walk(plan, threadIdx.x, blockDim.x);
+  walk.start(group, chunk);
+  Each<typename Op::Center, count> centers;
+  find_centers(centers, op, plan, group, walk);
+  Each<Sums, count> sums = {};
+  typename Op::Input in[together];
+  Stored<S> residual[together];
+  for_some_slots<S, fast, together>(
+      walk,
+      [&](int u, const auto& slot) {
+        in[u] = op.input(slot);
+        residual[u] = op.template residual_of_sums<plain>(slot);
+      },
+      [&](int u, const auto& slot) {
+        op.template sum<plain>(
+            slot, in[u], residual[u], [&](int e) -> const auto& { return centers(e); },
+            [&](int e) -> Sums& { return sums(e); });
+      });
+  // The last of a group adds up what all have left.
+  const auto columns = static_cast<int>(plan.sums_per_item());
+  fold_item(scratch, plan, walk, sums, [&](int column, const Sums& total) {
+    if (chunks == 1)
+      scratch[column] = total;
+    else
+      meeting.partials[std::int64_t{blockIdx.x} * columns + column] = total;
+  });
+  if (chunks > 1) {
+    unsigned* const ticket = meeting.tickets + group;
+    const unsigned before =
+        arrive(ticket, reinterpret_cast<unsigned*>(scratch + scratch_sums(plan) - 1));
+    if (before != chunks - 1) return;
+    if (threadIdx.x == 0) *ticket = 0;
+    gather(scratch, plan, meeting, group);
   }
-  if (!writes) return;
-
-  auto* of_columns = reinterpret_cast<Coefficients*>(shared_memory());
-  for (std::int64_t of = threadIdx.x; of < tile_columns && first_column + of < plan.width;
-       of += threads)
-    of_columns[of] = op.coefficients(channel_of_column(plan, first_column + of), meeting.totals);
   __syncthreads();
-  Coefficients coefficients[width] = {};
-#pragma unroll
-  for (int e = 0; e < width; ++e)
-    if (walk.valid() && column + e < plan.width)
-      coefficients[e] = of_columns[column - first_column + e];
+  finish_group<Op>(nullptr, op, plan, group, scratch);
+}
+
+// Last blocks first: what the sums read last is still in the cache.
+template <class S, class Op, Layout layout, bool plain, bool fast>
+__global__ void __launch_bounds__(block_threads)
+    write_items(const __grid_constant__ Op op, const __grid_constant__ Plan plan) {
+  constexpr int count = columns_of<layout, S>, together = Op::together;
+  using Coefficients = typename Op::Coefficients;
+  auto* of_channels = reinterpret_cast<Coefficients*>(shared_memory());
+  const auto chunks = static_cast<unsigned>(plan.chunks);
+  const unsigned item = gridDim.x - 1 - blockIdx.x;
+  const unsigned group = item / chunks, chunk = item % chunks;
+  recall_group(of_channels, op, plan, group);
+  Slots<layout, fast> walk(plan, threadIdx.x, blockDim.x);
+  walk.start(group, chunk);
   const Tail<S, plain> tail = op.template tail<plain>();
-  ColumnSlots again = walk;
-  while (again.valid()) {
-    Slot slots[Op::together];
-    typename Op::Input in[Op::together];
-    Stored<S> residual[Op::together];
-#pragma unroll
-    for (int u = 0; u < Op::together; ++u) {
-      slots[u] = again.valid() ? again.get() : Slot{0, 0, 0};
-      if (slots[u].end > 0) {
-        in[u] = op.input(slots[u]);
-        residual[u] = tail.residual(slots[u]);
-      }
-      if (again.valid()) again.next();
+  __syncthreads();
+  Each<Coefficients, count> coefficients;
+  find_coefficients(coefficients, plan, walk, of_channels);
+  typename Op::Input in[together];
+  Stored<S> residual[together];
+  for_some_slots<S, fast, together>(
+      walk,
+      [&](int u, const auto& slot) {
+        in[u] = op.input(slot);
+        residual[u] = tail.residual(slot);
+      },
+      [&](int u, const auto& slot) {
+        op.template write<plain>(slot, in[u], residual[u],
+                                 [&](int e) -> const Coefficients& { return coefficients(e); });
+      });
+}
+
+// -- one launch -----------------------------------------------------------------------------------
+
+// Items of a block follow each other in steps: while some are on their way into shared memory, one
+// is summed, and one of `lag` steps ago is written. Where groups have several chunks, blocks send
+// each other letters: the sums of an item to the one that finishes the channel, and the coefficients
+// of the channel to all. In each step a block sums before it waits, finishes channels of the item
+// before, and then writes: what it waits for is made in an earlier step of another block, or in the
+// same one without waiting, if all blocks run at the same time and `lag` is long enough; see
+// keep_chunks.
+template <class S, class Op, Layout layout, bool plain, bool fast>
+__global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
+                                  layout == Layout::rows ? keeping_blocks(layout, Op::tensors) : 1)
+    keep_items(const __grid_constant__ Op op, const __grid_constant__ Plan plan,
+               const Meeting meeting) {
+  constexpr int count = columns_of<layout, S>;
+  using Coefficients = typename Op::Coefficients;
+  constexpr int pages = letters_for<Coefficients>;
+  auto* kept = reinterpret_cast<Stored<S>*>(shared_memory());
+  auto* scratch = reinterpret_cast<Sums*>(shared_memory() + plan.shared_bytes);
+  Sums* const totals = scratch + scratch_sums(plan) - plan.sums_per_item();
+  auto* const all_coefficients = reinterpret_cast<Coefficients*>(scratch + scratch_sums(plan));
+
+  const auto places = static_cast<int>(plan.places);
+  const auto columns = static_cast<int>(plan.sums_per_item());
+  const auto chunks = static_cast<unsigned>(plan.chunks);
+  const auto items = static_cast<unsigned>(plan.items());
+  const auto thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int stages = plan.stages();
+  Letter* const of_coefficients = meeting.letters + std::int64_t{items} * columns;
+
+  // An item of this block, and where it is kept.
+  struct Step {
+    unsigned item, group, chunk;
+    int stage;
+  };
+  const unsigned groups_further = gridDim.x / chunks;
+  const unsigned chunks_further = gridDim.x - groups_further * chunks;
+  const auto advance = [&](Step& step) {
+    step.item += gridDim.x;
+    step.group += groups_further;
+    step.chunk += chunks_further;
+    if (step.chunk >= chunks) {
+      step.chunk -= chunks;
+      ++step.group;
     }
+    if (++step.stage == stages) step.stage = 0;
+  };
+  const auto place_of = [&](const Step& step) { return kept + step.stage * Op::tensors * places; };
+  const Slots<layout, fast> any_walk(plan, thread, threads);
+  const auto walk_of = [&](const Step& step) {
+    Slots<layout, fast> walk = any_walk;
+    walk.start(step.group, step.chunk);
+    return walk;
+  };
+
+  const unsigned first_group = blockIdx.x / chunks;
+  const Step first{blockIdx.x, first_group, blockIdx.x - first_group * chunks, 0};
+  Step fetching = first, summing = first, writing = first;
+  const auto bring = [&] {
+    begin_fetches();
+    if (fetching.item < items) {
+      Stored<S>* const to = place_of(fetching);
+      for_slots<S, fast>(walk_of(fetching), [&](const auto& slot, int number) {
+        op.bring(to + number, places, slot);
+      });
+    }
+    commit_fetches();
+    advance(fetching);
+  };
+  constexpr unsigned none = ~0u;
+  unsigned centered = none, recalled = none;  // groups
+  Each<typename Op::Center, count> centers;
+  const auto center = [&](const Step& step) {
+    if (step.group == centered || step.item >= items) return;
+    centered = step.group;
+    find_centers(centers, op, plan, step.group, walk_of(step));
+  };
+  Coefficients* of_channels = all_coefficients;  // and, in turns, those after them
+  const Tail<S, plain> tail = op.template tail<plain>();
+
+  for (int k = 0; k < plan.ahead; ++k) bring();
+  center(first);
+  for (int step = 0;; ++step) {
+    bring();
+    // The coefficients of a channel, which have probably come; they are read further below.
+    Letter coming[pages];
+    const Letter* from_finisher = nullptr;
+    if (chunks > 1 && step >= plan.lag) {
+      if (step > plan.lag) advance(writing);
+      if (writing.item < items && writing.group != recalled &&
+          thread < channels_of(plan, writing.group)) {
+        from_finisher =
+            of_coefficients + (first_channel(plan, writing.group) + thread) * pages;
 #pragma unroll
-    for (int u = 0; u < Op::together; ++u)
-      if (slots[u].end > 0)
-        op.template write<plain>(slots[u], in[u], residual[u],
-                                 [&](int e) { return coefficients[e]; });
+        for (int k = 0; k < pages; ++k) coming[k] = look_at(from_finisher + k);
+      }
+    }
+    wait_for_fetches(plan.ahead);
+    const Step before = summing;
+    if (step > 0) advance(summing);
+    if (summing.item < items) {
+      const auto walk = walk_of(summing);
+      Each<Sums, count> sums = {};
+      const Stored<S>* const from = place_of(summing);
+      for_slots<S, fast>(walk, [&](const auto& slot, int number) {
+        op.template sum<plain>(
+            slot, Op::brought(from + number, places), op.template residual_of_sums<plain>(slot),
+            [&](int e) -> const auto& { return centers(e); },
+            [&](int e) -> Sums& { return sums(e); });
+      });
+      Step next = summing;  // its centers will be there when it is summed
+      advance(next);
+      center(next);
+      Sums* const in_turns = scratch + step % 2 * (threads / warp_threads * columns);
+      fold_item(in_turns, plan, walk, sums, [&](int column, const Sums& total) {
+        if (chunks == 1)
+          totals[column] = total;
+        else
+          post(meeting.letters +
+                   (std::int64_t{summing.group} * columns + column) * chunks + summing.chunk,
+               total, meeting.launch);
+      });
+    }
+    if (chunks > 1 && step > 0 && before.item < items) {
+      // The last items of a group, of a block each, share its channels, a warp for each.
+      const int warp = thread / warp_threads, lane = thread % warp_threads;
+      const auto all = static_cast<int>(chunks);
+      const int finishers = min(all, static_cast<int>(gridDim.x));
+      const int finisher = all - 1 - static_cast<int>(before.chunk);
+      if (finisher < finishers)
+        for (int i = finisher + warp * finishers; i < channels_of(plan, before.group);
+             i += threads / warp_threads * finishers) {
+          const Sums mine = sum_columns(plan, i, [&](int column) {
+            return receive_all(
+                meeting.letters +
+                    (std::int64_t{before.group} * columns + column) * all + lane,
+                (all - lane + warp_threads - 1) / warp_threads, warp_threads, meeting.launch);
+          });
+          const Sums total = warp_sum(mine, 1);
+          if (lane == 0) {
+            const std::int64_t c = first_channel(plan, before.group) + i;
+            post(of_coefficients + c * pages, op.coefficients(c, op.finish(c, total)),
+                 meeting.launch);
+          }
+        }
+    }
+    if (step < plan.lag) continue;
+
+    if (chunks == 1 && step > plan.lag) advance(writing);
+    if (writing.item >= items) break;
+    const auto walk = walk_of(writing);
+    if (writing.group != recalled) {
+      of_channels =
+          of_channels == all_coefficients ? all_coefficients + plan.group_channels : all_coefficients;
+      if (chunks > 1) {
+        if (from_finisher != nullptr)
+          of_channels[thread] = receive<Coefficients>(from_finisher, coming, meeting.launch);
+      } else {
+        if (columns > 1) __syncthreads();  // a thread that is alone has what it needs
+        finish_group(of_channels, op, plan, writing.group, totals);
+      }
+      __syncthreads();
+      recalled = writing.group;
+    }
+    Each<Coefficients, count> coefficients;
+    find_coefficients(coefficients, plan, walk, of_channels);
+    const Stored<S>* const from = place_of(writing);
+    for_slots<S, fast>(walk, [&](const auto& slot, int number) {
+      op.template write<plain>(slot, Op::brought(from + number, places), tail.residual(slot),
+                               [&](int e) -> const Coefficients& { return coefficients(e); });
+    });
   }
 }
 

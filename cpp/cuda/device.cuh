@@ -1,4 +1,4 @@
-// What kernels are made of: threads of a block, of a warp and of a cluster; accesses to memory;
+// What kernels are made of: threads of a block and of a warp; accesses to memory;
 // numbers of 16 bits.
 #pragma once
 
@@ -10,14 +10,9 @@
 #include "core/math.hpp"
 #include "cuda/plan.hpp"
 
-#if defined(__CUDACC__)
-#include <cooperative_groups.h>
-#endif
-
 namespace bnext {
 namespace cuda {
 
-constexpr int warp_threads = 32;
 constexpr unsigned full_warp = 0xFFFFFFFFu;
 
 // -- threads --------------------------------------------------------------------------------------
@@ -27,43 +22,21 @@ __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char bnext_shared[];
   return bnext_shared;
 }
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ inline int cluster_rank() {
-  return static_cast<int>(cooperative_groups::this_cluster().block_rank());
+// What other blocks have written: not from this multiprocessor's own cache.
+__device__ inline double fresh(const double* at) {
+  return __ldcg(at);
 }
-__device__ inline void cluster_barrier() {
-  cooperative_groups::this_cluster().sync();
-}
-template <class T>
-__device__ inline T* of_peer(T* shared, int rank) {
-  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
-}
-#else
-// Older devices have no clusters, and get plans without.
-__device__ inline int cluster_rank() {
-  return 0;
-}
-__device__ inline void cluster_barrier() {
-  __syncthreads();
-}
-template <class T>
-__device__ inline T* of_peer(T* shared, int) {
-  return shared;
-}
-#endif
+// In a loop that waits for other blocks.
+__device__ inline void let_others_run() {}
 #else
 inline unsigned char* shared_memory() {
   return emulated::block_memory();
 }
-inline int cluster_rank() {
-  return emulated::cluster_rank();
+inline double fresh(const double* at) {
+  return *at;
 }
-inline void cluster_barrier() {
-  emulated::cluster_barrier();
-}
-template <class T>
-inline T* of_peer(T* shared, int rank) {
-  return static_cast<T*>(emulated::of_peer(shared, rank));
+inline void let_others_run() {
+  emulated::yield();
 }
 #endif
 
@@ -131,28 +104,105 @@ struct alignas(access_bytes) Stored {
 };
 
 // Where it is not `wide`, arrays are not aligned to accesses; at the end of an array one would
-// reach beyond it.
-template <class S>
-__device__ inline Stored<S> load(const S* array, const Slot& slot, std::int64_t size, bool wide) {
+// reach beyond it. Slots that are known to be whole are of arrays that are wide.
+template <class S, class At>
+__device__ inline bool is_one_access(const At& slot, std::int64_t size, bool wide) {
+  if constexpr (At::is_whole)
+    return true;
+  else
+    return wide && slot.first + width_of<S> <= size;
+}
+
+template <class S, class At>
+__device__ inline Stored<S> load(const S* array, const At& slot, std::int64_t size, bool wide) {
   Stored<S> result;
-  if (wide && slot.first + width_of<S> <= size) {
+  if (is_one_access<S>(slot, size, wide)) {
     const uint4 raw = *reinterpret_cast<const uint4*>(array + slot.first);
     memcpy(&result, &raw, sizeof raw);
     return result;
   }
 #pragma unroll
   for (int e = 0; e < width_of<S>; ++e)
-    result.value[e] = e >= slot.begin && e < slot.end ? array[slot.first + e] : S{};
+    result.value[e] = slot.has(e) ? array[slot.first + e] : S{};
   return result;
 }
 
 template <class S>
-__device__ inline void store(S* array, const Slot& slot, const Compute<S> (&values)[width_of<S>],
+__device__ inline void narrow(Stored<S>& to, const Compute<S> (&values)[width_of<S>]) {
+#pragma unroll
+  for (int e = 0; e < width_of<S>; ++e) to.value[e] = narrow<S>(values[e]);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// Two at a time.
+template <>
+__device__ inline void narrow<bfloat16>(Stored<bfloat16>& to, const float (&values)[8]) {
+#pragma unroll
+  for (int e = 0; e < 8; e += 2) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(values[e + 1]), "f"(values[e]));
+    memcpy(&to.value[e], &both, sizeof both);
+  }
+}
+template <>
+__device__ inline void narrow<float16>(Stored<float16>& to, const float (&values)[8]) {
+#pragma unroll
+  for (int e = 0; e < 8; e += 2) {
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(values[e + 1]), "f"(values[e]));
+    memcpy(&to.value[e], &both, sizeof both);
+  }
+}
+#endif
+
+// Brings an access into shared memory, for the same thread. Accesses are there after commit_fetches
+// and wait_for_fetches(n), when at most the last n commits are still on their way.
+template <class S, class At>
+__device__ inline void fetch(Stored<S>* to, const S* array, const At& slot, std::int64_t size,
+                             bool wide) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if (is_one_access<S>(slot, size, wide)) {
+    const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared),
+                 "l"(array + slot.first));
+    return;
+  }
+#endif
+  *to = load(array, slot, size, wide);
+}
+// Keeps what reads the places from being moved behind their next fetches.
+__device__ inline void begin_fetches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("" ::: "memory");
+#endif
+}
+__device__ inline void commit_fetches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_fetches(int but) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  switch (but) {
+    case 0:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+  }
+#else
+  (void)but;
+#endif
+}
+
+template <class S, class At>
+__device__ inline void store(S* array, const At& slot, const Compute<S> (&values)[width_of<S>],
                              bool wide) {
   Stored<S> result;
-#pragma unroll
-  for (int e = 0; e < width_of<S>; ++e) result.value[e] = narrow<S>(values[e]);
-  if (wide && slot.begin == 0 && slot.end == width_of<S>) {
+  narrow(result, values);
+  if (At::is_whole || (wide && slot.whole(width_of<S>))) {
     uint4 raw;
     memcpy(&raw, &result, sizeof raw);
     *reinterpret_cast<uint4*>(array + slot.first) = raw;
@@ -160,16 +210,18 @@ __device__ inline void store(S* array, const Slot& slot, const Compute<S> (&valu
   }
 #pragma unroll
   for (int e = 0; e < width_of<S>; ++e)
-    if (e >= slot.begin && e < slot.end) array[slot.first + e] = result.value[e];
+    if (slot.has(e)) array[slot.first + e] = result.value[e];
 }
 
 // The bits of a slot's elements, in the lowest bits. Slots begin at multiples of their width, so
 // they never share bytes in another way than whole.
-__device__ inline unsigned slot_bits(const std::uint8_t* bits, const Slot& slot) {
+template <class At>
+__device__ inline unsigned slot_bits(const std::uint8_t* bits, const At& slot) {
   return static_cast<unsigned>(bits[slot.first / 8]) >> (slot.first % 8);
 }
 // Of a slot that shares its word with others.
-__device__ inline void add_slot_bits(std::uint8_t* bits, const Slot& slot, unsigned value) {
+template <class At>
+__device__ inline void add_slot_bits(std::uint8_t* bits, const At& slot, unsigned value) {
   value &= slot.mask();
   if (value != 0)
     atomicOr(reinterpret_cast<unsigned*>(bits) + slot.first / 32, value << (slot.first % 32));

@@ -17,31 +17,57 @@ __device__ inline std::uint64_t seed_of(const MaskDraw& draw) {
   return draw.seed_at != nullptr ? *draw.seed_at : draw.seed;
 }
 
-// Whether elements of a tile are kept: thread w, modulo the number of words, gets those of elements
-// 32 w to 32 w + 31, one bit each. All threads of the warp take part.
-__device__ inline unsigned mask_word(const MaskDraw& draw, std::uint64_t seed, std::int64_t tile) {
+// Which elements of a tile are kept: bits 0 to 15 of word w are elements 16 w to 16 w + 15 of the
+// first span, the others those of the second.
+struct MaskTile {
+  unsigned word[MaskLayout::span / MaskLayout::lanes];
+
+  // Of a word that is the thread's own choice.
+  __device__ unsigned operator[](int w) const {
+    const unsigned a = w & 1 ? word[1] : word[0], b = w & 1 ? word[3] : word[2];
+    const unsigned c = w & 1 ? word[5] : word[4], d = w & 1 ? word[7] : word[6];
+    const unsigned ab = w & 2 ? b : a, cd = w & 2 ? d : c;
+    return w & 4 ? cd : ab;
+  }
+  // Element `e` of the tile, and in higher bits those after it, up to a multiple of 16.
+  __device__ unsigned from(int e) const {
+    return (*this)[e % MaskLayout::span / MaskLayout::lanes] >>
+           (e / MaskLayout::span * MaskLayout::lanes + e % MaskLayout::lanes);
+  }
+};
+
+// All threads of the warp take part, and get all of it.
+__device__ inline MaskTile mask_of_tile(const MaskDraw& draw, std::uint64_t seed,
+                                        std::int64_t tile) {
   const auto lane = static_cast<int>(threadIdx.x % warp_threads);
   const auto upper = static_cast<std::uint32_t>(draw.threshold >> 16);
   const auto lower = static_cast<std::uint32_t>(draw.threshold & 0xFFFFu);
   const std::uint64_t number = static_cast<std::uint64_t>(tile) * warp_threads + lane;
   const PhiloxBlock block = mask_block(seed, draw.offset, number, false);
-  unsigned word = 0;
+  const std::uint32_t least = lower == 0 ? upper : upper + 1;
+  MaskTile kept;
+  unsigned tied = 0;  // a bit for each w
 #pragma unroll
   for (int w = 0; w < 8; ++w) {
     const std::uint32_t bits = w < 4 ? block.word[w] & 0xFFFFu : block.word[w - 4] >> 16;
-    bool kept = bits > upper || (bits == upper && lower == 0);
-    if (bits == upper && lower != 0) {
+    kept.word[w] = __ballot_sync(full_warp, bits >= least);
+    tied |= bits == upper ? 1u << w : 0u;
+  }
+  if (lower == 0 || __ballot_sync(full_warp, tied != 0) == 0) return kept;
+#pragma unroll 1
+  for (int w = 0; w < 8; ++w) {
+    bool also = false;
+    if (tied >> w & 1u) {
       const std::uint64_t element = static_cast<std::uint64_t>(tile) * mask_tile +
                                     lane / MaskLayout::lanes * MaskLayout::span +
                                     w * MaskLayout::lanes + lane % MaskLayout::lanes;
-      kept = mask_half(seed, draw.offset, element, true) >= lower;
+      also = mask_half(seed, draw.offset, element, true) >= lower;
     }
-    // Elements 16 w to 16 w + 15 of the first span, and of the second.
-    const unsigned both = __ballot_sync(full_warp, kept);
-    const unsigned mine = lane % mask_words < mask_words / 2 ? both & 0xFFFFu : both >> 16;
-    if (lane % (mask_words / 2) == w / 2) word |= mine << (w % 2 * 16);
+    const unsigned all = __ballot_sync(full_warp, also);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) kept.word[k] |= k == w ? all : 0u;
   }
-  return word;
+  return kept;
 }
 
 // Bits of all elements, for passes that cannot draw them.
@@ -53,8 +79,10 @@ __global__ void __launch_bounds__(block_threads)
   const std::int64_t warps = blockDim.x / warp_threads;
   for (std::int64_t tile = blockIdx.x * warps + threadIdx.x / warp_threads; tile < tiles;
        tile += gridDim.x * warps) {
-    const unsigned word = mask_word(draw, seed, tile);
-    if (lane < mask_words) words[tile * mask_words + lane] = word;
+    const MaskTile kept = mask_of_tile(draw, seed, tile);
+    const int first = lane % mask_words * 32;
+    const unsigned low = kept.from(first) & 0xFFFFu, high = kept.from(first + 16) << 16;
+    if (lane < mask_words) words[tile * mask_words + lane] = low | high;
   }
 }
 
@@ -98,12 +126,12 @@ __global__ void __launch_bounds__(block_threads)
       }
 #pragma unroll
     for (int t = 0; t < together; ++t) {
-      const unsigned word = words != nullptr ? 0 : mask_word(a.draw, seed, tile + t);
+      MaskTile tile_kept{};
+      if (words == nullptr) tile_kept = mask_of_tile(a.draw, seed, tile + t);
 #pragma unroll
       for (int q = 0; q < steps; ++q) {
         const Slot slot = slot_of(tile + t, q);
-        const int in_tile = (q * warp_threads + lane) * width;
-        unsigned kept = __shfl_sync(full_warp, word, in_tile / 32) >> in_tile % 32;
+        unsigned kept = tile_kept.from((q * warp_threads + lane) * width);
         if (slot.end == 0) continue;
         if (words != nullptr) {
           kept = 0;

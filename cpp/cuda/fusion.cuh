@@ -19,7 +19,8 @@ struct Tail {
   std::int64_t size;
   bool wide;
 
-  __device__ Stored<S> residual(const Slot& slot) const {
+  template <class At>
+  __device__ Stored<S> residual(const At& slot) const {
     if constexpr (!plain)
       if (fusion.residual != nullptr)
         return load(static_cast<const S*>(fusion.residual), slot, size, wide);
@@ -27,7 +28,8 @@ struct Tail {
   }
 
   // z becomes the result.
-  __device__ void values(T (&z)[width], const Stored<S>& residual, const Slot& slot) const {
+  template <class At>
+  __device__ void values(T (&z)[width], const Stored<S>& residual, const At& slot) const {
     if constexpr (plain) {
       if (fusion.activation != Activation::relu) return;
 #pragma unroll
@@ -62,9 +64,9 @@ struct Tail {
   }
 
   // g becomes the gradient before the activation; affine(e) normalises x[e].
-  template <class AffineOf>
+  template <class At, class AffineOf>
   __device__ void gradients(T (&g)[width], const T (&x)[width], const Stored<S>& residual,
-                            const Slot& slot, AffineOf affine) const {
+                            const At& slot, AffineOf affine) const {
     if constexpr (plain) {
       if (fusion.activation != Activation::relu) return;
 #pragma unroll
@@ -103,7 +105,8 @@ struct Tail {
 #pragma unroll
     for (int e = 0; e < width; ++e) z[e] += residual[e];
   }
-  __device__ void drop(T (&values)[width], const Slot& slot) const {
+  template <class At>
+  __device__ void drop(T (&values)[width], const At& slot) const {
     if (fusion.kept == nullptr) return;
     const T scale = static_cast<T>(fusion.dropout.scale);
     const unsigned kept = slot_bits(fusion.kept, slot);

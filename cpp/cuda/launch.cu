@@ -23,26 +23,25 @@ void allow_shared(std::size_t bytes, int device) {
   if (bytes <= by_default || (allowed.load() & bit) != 0) return;
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(limits_of(device).shared_bytes + 1024)),
+                             static_cast<int>(limits_of(device).shared_bytes)),
         "asking for shared memory");
   allowed |= bit;
 }
 
 template <auto kernel, class... Args>
-void start(const Place& place, std::int64_t blocks, int threads, std::size_t shared, int cluster,
+void start(const Place& place, std::int64_t blocks, int threads, std::size_t shared, bool together,
            const Args&... args) {
   allow_shared<kernel>(shared, place.device);
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(place.stream);
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.numAttrs = together ? 1 : 0;  // all blocks at the same time
   check(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
 }
 
@@ -58,49 +57,50 @@ bool is_plain(const Fusion& f, const void* grad_residual = nullptr) {
          (f.activation == Activation::none || f.activation == Activation::relu);
 }
 
-template <class S, class Op>
-constexpr std::size_t columns_bytes =
-    width_of<S> * (sizeof(Sums) * block_threads > sizeof(typename Op::Coefficients) * warp_threads
-                       ? sizeof(Sums) * block_threads
-                       : sizeof(typename Op::Coefficients) * warp_threads);
-
-template <class S, class Op, bool plain>
-void write_only(const Place& place, const Plan& plan, const Op& op, const Meeting& meeting) {
-  if (plan.path == Path::rows)
-    start<write_rows<S, Op, plain>>(place, plan.problem.c * plan.chunks, plan.threads,
-                                    sizeof(typename Op::Coefficients), 1, op, plan, meeting);
-  else
-    start<columns<S, Op, plain>>(place, plan.tiles * plan.chunks, plan.threads,
-                                 columns_bytes<S, Op>, 1, op, plan, meeting, false, true);
+template <class S, class Op, Layout layout, bool plain, bool fast>
+void write_only(const Place& place, const Plan& plan, const Op& op) {
+  const auto shared =
+      static_cast<std::size_t>(plan.group_channels) * sizeof(typename Op::Coefficients);
+  start<write_items<S, Op, layout, plain, fast>>(place, plan.items(), plan.threads, shared, false, op,
+                                           plan);
 }
 
 // Sums, and then what follows from them.
-template <class S, class Op, bool plain>
+template <class S, class Op, Layout layout, bool plain, bool fast>
 void sum_and_write(const Place& place, const Plan& plan, const Op& op, const Meeting& meeting) {
-  constexpr std::size_t warps_bytes = sizeof(Sums) * (most_threads / warp_threads);
+  if (plan.reads == Reads::once) {
+    const std::int64_t most =
+        std::int64_t{plan.blocks_per_multiprocessor} * limits_of(place.device).multiprocessors;
+    start<keep_items<S, Op, layout, plain, fast>>(
+        place, std::min(plan.items(), most), plan.threads,
+        static_cast<std::size_t>(plan.shared_bytes + bytes_beside(plan)), plan.chunks > 1, op,
+        plan, meeting);
+    return;
+  }
+  const std::size_t scratch = static_cast<std::size_t>(scratch_sums(plan)) * sizeof(Sums);
   // The sums of forward come before everything that follows the normalisation.
   constexpr bool plain_sums = plain || std::is_same<Op, Forward<S>>::value;
-  switch (plan.path) {
-    case Path::resident:
-      start<resident<S, Op, plain>>(place, plan.problem.c * plan.cluster, plan.threads,
-                                    static_cast<std::size_t>(plan.shared_bytes) + warps_bytes +
-                                        sizeof(Sums) + sizeof(typename Op::Coefficients),
-                                    plan.cluster, op, plan, meeting);
-      return;
-    case Path::columns_once:
-      start<columns<S, Op, plain>>(place, plan.tiles, plan.threads, columns_bytes<S, Op>, 1, op,
-                                   plan, meeting, true, true);
-      return;
-    case Path::rows:
-      start<sum_rows<S, Op, plain_sums>>(place, plan.problem.c * plan.chunks, plan.threads,
-                                         warps_bytes, 1, op, plan, meeting);
-      break;
-    case Path::columns:
-      start<columns<S, Op, plain_sums>>(place, plan.tiles * plan.chunks, plan.threads,
-                                        columns_bytes<S, Op>, 1, op, plan, meeting, true, false);
-      break;
-  }
-  write_only<S, Op, plain>(place, plan, op, meeting);
+  start<sum_items<S, Op, layout, plain_sums, fast>>(place, plan.items(), plan.threads, scratch, false,
+                                              op, plan, meeting);
+  write_only<S, Op, layout, plain, fast>(place, plan, op);
+}
+
+// Calls body(layout, plain, fast).
+template <class Body>
+void with_kind(const Plan& plan, bool plain, bool wide, Body body) {
+  const auto with = [&](auto layout) {
+    const auto and_plain = [&](auto is_plain) {
+      if (plan.whole && wide)
+        body(layout, is_plain, std::true_type());
+      else
+        body(layout, is_plain, std::false_type());
+    };
+    plain ? and_plain(std::true_type()) : and_plain(std::false_type());
+  };
+  if (plan.layout == Layout::rows)
+    with(std::integral_constant<Layout, Layout::rows>());
+  else
+    with(std::integral_constant<Layout, Layout::columns>());
 }
 
 std::int64_t mask_bytes(std::int64_t size) {
@@ -111,25 +111,28 @@ std::int64_t mask_bytes(std::int64_t size) {
 struct Scratch {
   Workspace workspace;
   Meeting meeting;
+  Sums* totals;
   std::uint32_t* kept;
 
-  Scratch(const Place& place, const Plan& plan, std::int64_t totals, std::int64_t masked)
+  Scratch(const Place& place, const Plan& plan, std::int64_t channels, std::int64_t masked)
       : workspace(place,
-                  Workspace::bytes<Sums>(plan.partials) + Workspace::bytes<Sums>(totals) +
+                  Workspace::bytes<Sums>(plan.partials) + Workspace::bytes<Sums>(channels) +
                       Workspace::bytes<std::uint8_t>(mask_bytes(masked)),
-                  static_cast<std::size_t>(plan.tickets) * sizeof(unsigned)) {
-    meeting.tickets = workspace.take<unsigned>(static_cast<std::int64_t>(
-        std::max(Workspace::zeros, static_cast<std::size_t>(plan.tickets) * 4) / 4));
+                  static_cast<std::size_t>(plan.tickets) * sizeof(unsigned),
+                  static_cast<std::size_t>(plan.letters) * sizeof(Letter)) {
+    meeting.tickets = workspace.zeroed<unsigned>();
     meeting.partials = workspace.take<Sums>(plan.partials);
-    meeting.totals = workspace.take<Sums>(totals);
+    meeting.letters = workspace.letters<Letter>();
+    meeting.launch = workspace.launch();
+    totals = channels > 0 ? workspace.take<Sums>(channels) : nullptr;
     kept = workspace.take<std::uint32_t>(mask_bytes(masked) / 4);
   }
 };
 
 void draw(const Place& place, const MaskDraw& mask, std::int64_t size, std::uint32_t* words) {
   constexpr std::int64_t per_block = block_threads / warp_threads * mask_tile;
-  start<draw_mask>(place, std::min(enough_blocks, blocks_for(size, per_block)), block_threads, 0, 1,
-                   mask, size, words);
+  start<draw_mask>(place, std::min(enough_blocks, blocks_for(size, per_block)), block_threads, 0,
+                   false, mask, size, words);
 }
 
 // The bits of dropout, for kernels to find.
@@ -142,7 +145,7 @@ void note_mask(const Place& place, Fusion& fusion, std::int64_t size, std::uint3
 template <class S>
 void on_device(const BatchNormForwardArgs& args) {
   const DeviceGuard guard(args.place.device);
-  const Plan plan = make_plan(args.problem, sizeof(S), 1, limits_of(args.place.device));
+  const Plan plan = make_plan(args.problem, sizeof(S), 1, true, limits_of(args.place.device));
   Forward<S> op{args, nullptr, nullptr, aligned({args.x, args.y, args.fusion.residual})};
   op.a.problem = plan.problem;
   const std::int64_t size = plan.problem.size();
@@ -152,42 +155,41 @@ void on_device(const BatchNormForwardArgs& args) {
     check(cudaMemsetAsync(args.fusion.passes, 0, static_cast<std::size_t>(passes_bytes(size)),
                           static_cast<cudaStream_t>(args.place.stream)),
           "clearing memory");
-  if (is_plain(args.fusion))
-    sum_and_write<S, Forward<S>, true>(args.place, plan, op, scratch.meeting);
-  else
-    sum_and_write<S, Forward<S>, false>(args.place, plan, op, scratch.meeting);
+  with_kind(plan, is_plain(args.fusion), op.wide, [&](auto layout, auto plain, auto fast) {
+    sum_and_write<S, Forward<S>, layout(), plain(), fast()>(args.place, plan, op, scratch.meeting);
+  });
 }
 
 template <class S>
 void on_device(const BatchNormBackwardArgs& args) {
   const DeviceGuard guard(args.place.device);
-  const Plan plan = make_plan(args.problem, sizeof(S), 2, limits_of(args.place.device));
-  Backward<S> op{
-      args, aligned({args.grad_y, args.x, args.grad_x, args.fusion.residual, args.grad_residual})};
-  op.a.problem = plan.problem;
+  const Plan plan = make_plan(args.problem, sizeof(S), 2, true, limits_of(args.place.device));
   const std::int64_t size = plan.problem.size();
-  const Scratch scratch(args.place, plan, plan.problem.c,
+  const Scratch scratch(args.place, plan, plan.reads == Reads::once ? 0 : plan.problem.c,
                         args.fusion.dropout.threshold > 0 ? size : 0);
+  Backward<S> op{
+      args, scratch.totals,
+      aligned({args.grad_y, args.x, args.grad_x, args.fusion.residual, args.grad_residual})};
+  op.a.problem = plan.problem;
   note_mask(args.place, op.a.fusion, size, scratch.kept);
-  if (is_plain(args.fusion, args.grad_residual))
-    sum_and_write<S, Backward<S>, true>(args.place, plan, op, scratch.meeting);
-  else
-    sum_and_write<S, Backward<S>, false>(args.place, plan, op, scratch.meeting);
+  const bool plain_fusion = is_plain(args.fusion, args.grad_residual);
+  with_kind(plan, plain_fusion, op.wide, [&](auto layout, auto plain, auto fast) {
+    sum_and_write<S, Backward<S>, layout(), plain(), fast()>(args.place, plan, op, scratch.meeting);
+  });
 }
 
 template <class S>
 void on_device(const BatchNormInferenceArgs& args) {
   const DeviceGuard guard(args.place.device);
-  const Plan plan = make_plan(args.problem, sizeof(S), 1, {0, 1});  // there is nothing to sum
+  const Plan plan = make_plan(args.problem, sizeof(S), 1, false, limits_of(args.place.device));
   const Forward<S> op{{plan.problem, args.x, args.weight, args.bias, args.eps, args.fusion, args.y,
                        nullptr, nullptr, nullptr, args.place},
                       args.mean,
                       args.var,
                       aligned({args.x, args.y, args.fusion.residual})};
-  if (is_plain(args.fusion))
-    write_only<S, Forward<S>, true>(args.place, plan, op, {});
-  else
-    write_only<S, Forward<S>, false>(args.place, plan, op, {});
+  with_kind(plan, is_plain(args.fusion), op.wide, [&](auto layout, auto plain, auto fast) {
+    write_only<S, Forward<S>, layout(), plain(), fast()>(args.place, plan, op);
+  });
 }
 
 template <class S>
@@ -197,14 +199,14 @@ void on_device(const DropoutArgs& args) {
   constexpr std::int64_t per_block = block_threads * 4 * width_of<S>;
   const std::int64_t blocks = std::min(4 * enough_blocks, blocks_for(args.size, per_block));
   if (!args.map.shares()) {
-    start<dropout<S>>(args.place, blocks, block_threads, 0, 1, args,
+    start<dropout<S>>(args.place, blocks, block_threads, 0, false, args,
                       static_cast<const std::uint32_t*>(nullptr), wide);
     return;
   }
   const std::int64_t bits = args.size / (args.map.repeats * args.map.run);
-  const Scratch scratch(args.place, Plan{}, 0, bits);
+  const Scratch scratch(args.place, {}, 0, bits);
   draw(args.place, args.draw, bits, scratch.kept);
-  start<dropout<S>>(args.place, blocks, block_threads, 0, 1, args,
+  start<dropout<S>>(args.place, blocks, block_threads, 0, false, args,
                     static_cast<const std::uint32_t*>(scratch.kept), wide);
 }
 

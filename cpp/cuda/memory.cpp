@@ -27,6 +27,9 @@ struct Kept {
   unsigned long long stream;  // its number: handles are used again
   unsigned char* memory;
   std::size_t bytes;
+  unsigned char* letters;
+  std::size_t letter_bytes;
+  unsigned launches;
 };
 
 constexpr std::size_t most_kept = 32;                         // workspaces
@@ -98,13 +101,12 @@ const Limits& limits_of(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
-  int shared = 0, major = 0;
+  int shared = 0, multiprocessors = 0;
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "asking for a device's limits");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "asking for a device's limits");
-  constexpr int reserve = 1024;  // for what blocks keep beside the values
-  return known[device] = {shared - reserve, major >= 9 ? 8 : 1};
+  return known[device] = {shared, multiprocessors};
 }
 
 DeviceGuard::DeviceGuard(int device) {
@@ -120,16 +122,20 @@ DeviceGuard::~DeviceGuard() {
   if (before_ >= 0) cudaSetDevice(before_);
 }
 
-Workspace::Workspace(const Place& place, std::size_t bytes, std::size_t zeros_needed)
+Workspace::Workspace(const Place& place, std::size_t bytes, std::size_t zeros_needed,
+                     std::size_t letter_bytes)
     : place_(place) {
-  const bool many_zeros = zeros_needed > zeros;
-  const std::size_t in_front = std::max(zeros, zeros_needed), size = in_front + bytes;
-  const bool alone = size > worth_keeping || many_zeros || capturing(place);
-  if (alone) {
-    own_ = allocate_bytes(place, size);
-    next_ = own_;
-    check(cudaMemsetAsync(own_, 0, std::max<std::size_t>(zeros_needed, 1), stream_of(place)),
-          "clearing memory");
+  if (bytes + zeros_needed + letter_bytes == 0) return;
+  const auto clear = [&](void* memory, std::size_t count) {
+    check(cudaMemsetAsync(memory, 0, count, stream_of(place)), "clearing memory");
+  };
+  if (bytes > worth_keeping || letter_bytes > worth_keeping || zeros_needed > zeros ||
+      capturing(place)) {
+    const std::size_t cleared = (letter_bytes + zeros_needed + 255) / 256 * 256;
+    letters_ = own_ = allocate_bytes(place, cleared + bytes);
+    zeroed_ = own_ + letter_bytes;
+    next_ = own_ + cleared;
+    if (cleared > 0) clear(own_, letter_bytes + zeros_needed);
     return;
   }
   unsigned long long stream = 0;
@@ -139,27 +145,39 @@ Workspace::Workspace(const Place& place, std::size_t bytes, std::size_t zeros_ne
   auto found = std::find_if(c.kept.begin(), c.kept.end(), [&](const Kept& k) {
     return k.device == place.device && k.stream == stream;
   });
-  if (found != c.kept.end() && found->bytes < size) {
-    cudaFreeAsync(found->memory, stream_of(place));
-    c.kept.erase(found);
-    found = c.kept.end();
-  }
   if (found == c.kept.end()) {
     if (c.kept.size() >= most_kept) {
       // Its stream may be gone: this waits for the device, once in a long while.
       const DeviceGuard guard(c.kept.back().device);
       cudaFree(c.kept.back().memory);
+      cudaFree(c.kept.back().letters);
       c.kept.pop_back();
     }
-    std::size_t rounded = std::size_t{1} << 20;
-    while (rounded < size) rounded *= 2;
-    unsigned char* const memory = allocate_bytes(place, rounded);
-    check(cudaMemsetAsync(memory, 0, zeros, stream_of(place)), "clearing memory");
-    c.kept.push_front({place.device, stream, memory, rounded});
+    c.kept.push_front({place.device, stream, nullptr, 0, nullptr, 0, 0});
   } else {
     c.kept.splice(c.kept.begin(), c.kept, found);
   }
-  next_ = c.kept.front().memory;
+  Kept& kept = c.kept.front();
+  const auto grow = [&](unsigned char*& memory, std::size_t& now, std::size_t needed) {
+    if (now >= needed) return false;
+    std::size_t rounded = std::size_t{1} << 20;
+    while (rounded < needed) rounded *= 2;
+    if (memory != nullptr) cudaFreeAsync(memory, stream_of(place));
+    memory = nullptr;
+    now = 0;
+    memory = allocate_bytes(place, rounded);
+    now = rounded;
+    return true;
+  };
+  if (grow(kept.memory, kept.bytes, zeros + bytes)) clear(kept.memory, zeros);
+  if (grow(kept.letters, kept.letter_bytes, letter_bytes) || kept.launches + 1 == 0) {
+    clear(kept.letters, kept.letter_bytes);
+    kept.launches = 0;
+  }
+  zeroed_ = kept.memory;
+  next_ = kept.memory + zeros;
+  letters_ = kept.letters;
+  launch_ = ++kept.launches;
 }
 
 Workspace::~Workspace() {

@@ -33,16 +33,28 @@ class DeviceGuard {
 
 // Scratch memory in the order of a stream. That of earlier calls on the same stream is taken up
 // again; it grows as needed. More than is worth keeping, and all while a stream is captured into a
-// graph, belongs to the call alone. Its first `zeros` bytes are 0; kernels leave them so.
+// graph, belongs to the call alone.
 class Workspace {
  public:
   static constexpr std::size_t zeros = 1 << 16;
 
-  Workspace(const Place& place, std::size_t bytes, std::size_t zeros_needed);
+  // `bytes` to take from, as many bytes as are needed that are 0 (kernels leave them so), and bytes
+  // for letters, which bear the numbers of earlier launches than this one, or 0.
+  Workspace(const Place& place, std::size_t bytes, std::size_t zeros_needed,
+            std::size_t letter_bytes);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
+  template <class T>
+  T* zeroed() const {
+    return reinterpret_cast<T*>(zeroed_);
+  }
+  template <class T>
+  T* letters() const {
+    return reinterpret_cast<T*>(letters_);
+  }
+  unsigned launch() const { return launch_; }
   template <class T>
   T* take(std::int64_t count) {
     T* const block = reinterpret_cast<T*>(next_);
@@ -57,7 +69,10 @@ class Workspace {
  private:
   Place place_;
   unsigned char* own_ = nullptr;  // to be freed
-  unsigned char* next_;
+  unsigned char* zeroed_ = nullptr;
+  unsigned char* letters_ = nullptr;
+  unsigned launch_ = 1;
+  unsigned char* next_ = nullptr;
 };
 
 }  // namespace cuda

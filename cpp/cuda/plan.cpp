@@ -8,114 +8,208 @@ namespace cuda {
 namespace {
 
 constexpr std::int64_t enough_blocks = 2048;  // some for each multiprocessor of a large device
+constexpr std::int64_t most_blocks = 1 << 20;
+constexpr std::int64_t short_row_bytes = 64;  // below it, rows are columns
+// Reading twice
 constexpr std::int64_t fewest_values = 4096;  // of a chunk; fewer are not worth a block
 constexpr std::int64_t most_chunks = 512;     // more only cost time to merge
-constexpr std::int64_t most_partials = 1 << 17;
-constexpr std::int64_t short_row_bytes = 64;  // below it, rows are columns
-constexpr std::int64_t most_blocks = 1 << 20;
-constexpr std::int64_t tile_width = 32;         // accesses: one for each thread of a warp
-constexpr std::int64_t rows_at_once = 64;       // in one launch: for each thread of a column
-constexpr std::int64_t busy_blocks = 264;       // two for each multiprocessor of a large device
-constexpr std::int64_t good_share = 100 << 10;  // shared bytes of a block that has a neighbour
-constexpr std::int64_t small_share = 32 << 10;  // of which several fit beside each other
-constexpr std::int64_t small_size = 1 << 17;    // values; below it, a launch is what takes time
+// Reading once
+constexpr std::int64_t whole_bytes = 50 << 10;      // of a group that one block takes whole
+constexpr std::int64_t whole_anyway = 32 << 10;     // the same, however few groups there are
+constexpr std::int64_t fewest_bytes = 4 << 10;      // of a chunk of a group
+constexpr int most_resident_threads = 512;          // of a multiprocessor, by their registers
+constexpr std::int64_t reserve = 1 << 10;           // shared bytes that each block takes besides
+constexpr int ahead_of_sums = 1, least_lag = 2, most_lag = 12;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
+std::int64_t round_up(std::int64_t a, std::int64_t b) {
+  return divide_up(a, b) * b;
+}
 
-// Cuts each channel into about so many chunks.
-void cut_rows(Plan& plan, std::int64_t wanted) {
+// In 32 bits, with some more for threads beyond the end.
+bool is_counted(const Problem& problem) {
+  return problem.size() < std::int64_t{1} << 30;
+}
+
+void lay_rows(Plan& plan) {
+  plan.layout = Layout::rows;
+  plan.groups = plan.problem.c;
+  plan.group_channels = plan.per = plan.channel_columns = 1;
+  plan.between = plan.problem.c * plan.problem.s;
+  plan.whole = plan.problem.s % plan.vector == 0 && is_counted(plan.problem);
+}
+
+void lay_columns(Plan& plan) {
   const Problem& p = plan.problem;
+  const std::int64_t widest = most_across * plan.vector;
+  plan.layout = Layout::columns;
+  plan.per = p.channels_last ? 1 : p.s;
+  plan.channel_columns = p.c * plan.per;
+  const std::int64_t positions = p.channels_last ? p.per_channel() : p.n;
+  // Rows that begin with an access, as wide as a tile.
+  const std::int64_t period = plan.vector / std::gcd<std::int64_t>(plan.vector, plan.channel_columns);
+  const std::int64_t replicas =
+      std::min(widest / plan.channel_columns, positions) / period * period;
+  plan.width = plan.channel_columns * std::max<std::int64_t>(1, replicas);
+  plan.rows = divide_up(positions, std::max<std::int64_t>(1, replicas));
+  plan.phases = replicas > 0 ? 1 : static_cast<int>(period);
+  if (replicas > 0) {
+    plan.groups = 1;
+    plan.group_channels = p.c;
+    plan.tile_columns = plan.width;
+  } else {
+    // Tiles of about the same width, of whole channels, that begin with an access if rows do.
+    const std::int64_t whole =
+        plan.phases == 1 ? std::lcm<std::int64_t>(plan.vector, plan.per) : plan.per;
+    const std::int64_t unit = whole <= widest ? whole : plan.per;
+    const bool aligned = plan.phases == 1 && unit % plan.vector == 0;
+    const std::int64_t most = aligned ? widest : widest - plan.vector + 1;
+    const std::int64_t tiles = divide_up(plan.channel_columns, most / unit * unit);
+    plan.tile_columns = round_up(divide_up(plan.channel_columns, tiles), unit);
+    plan.groups = divide_up(plan.channel_columns, plan.tile_columns);
+    plan.group_channels = plan.tile_columns / plan.per;
+  }
+  const bool aligned = plan.phases == 1 && plan.tile_columns % plan.vector == 0;
+  const std::int64_t accesses = aligned ? plan.tile_columns / plan.vector
+                                        : (plan.tile_columns + plan.vector - 2) / plan.vector + 1;
+  plan.whole = plan.phases == 1 && plan.tile_columns % plan.vector == 0 &&
+               plan.width % plan.vector == 0 && plan.rows * plan.width == p.size() &&
+               is_counted(p);
+  plan.across = 1;
+  while (plan.across < accesses) plan.across *= 2;
+}
+
+// Rows of a tile that a block takes at a time.
+std::int64_t rows_at_once(const Plan& plan) {
+  return plan.threads / plan.across;
+}
+
+// Cuts each group into about so many chunks.
+void cut(Plan& plan, std::int64_t wanted) {
+  const Problem& p = plan.problem;
+  wanted = std::max<std::int64_t>(1, wanted);
+  if (plan.layout == Layout::columns) {
+    plan.rows_per_chunk = round_up(divide_up(plan.rows, wanted), rows_at_once(plan));
+    plan.chunks = divide_up(plan.rows, plan.rows_per_chunk);
+    return;
+  }
   if (wanted <= p.n) {
     plan.run = p.s;
     plan.rows_per_chunk = divide_up(p.n, wanted);
   } else {
     plan.rows_per_chunk = 1;
     const std::int64_t piece = divide_up(p.s, std::max<std::int64_t>(1, wanted / p.n));
-    plan.run = std::min(p.s, divide_up(piece, plan.vector) * plan.vector);
+    plan.run = std::min(p.s, round_up(piece, plan.vector));
   }
   plan.pieces = divide_up(p.s, plan.run);
   plan.chunks = divide_up(p.n, plan.rows_per_chunk) * plan.pieces;
   const std::int64_t slots = divide_up(plan.run, plan.vector);
-  plan.slots_per_run = p.s % plan.vector == 0 ? slots : slots + 1;
+  plan.slots_per_run = plan.whole ? slots : slots + 1;
 }
 
-bool try_resident(Plan& plan, int tensors, const Limits& limits) {
-  const Problem& p = plan.problem;
-  for (int cluster = 1; cluster <= limits.cluster; cluster *= 2) {
-    Plan cut = plan;
-    cut_rows(cut, cluster);
-    if (cut.chunks > cluster) continue;
-    cut.shared_bytes = cut.rows_per_chunk * cut.slots_per_run * access_bytes * tensors;
-    const bool last = cluster * 2 > limits.cluster;
-    const std::int64_t values = cut.rows_per_chunk * cut.run;
-    if (cut.shared_bytes > (last ? limits.shared_bytes : std::min(good_share, limits.shared_bytes)))
-      continue;
-    // More blocks, while there are few and each has enough to do.
-    if (p.c * cluster < busy_blocks && values >= 2 * fewest_values && !last) continue;
-    // Of few channels the whole device should read.
-    if (p.c * cluster < busy_blocks / 4 && p.size() > small_size) continue;
-    cut.path = Path::resident;
-    if (cut.shared_bytes > small_share) cut.threads = most_threads;
-    cut.cluster = cluster;
-    plan = cut;
+// Bytes in which a block keeps an item.
+std::int64_t kept_bytes(Plan& plan, int tensors) {
+  plan.places = plan.layout == Layout::rows ? plan.rows_per_chunk * plan.slots_per_run
+                                            : plan.rows_per_chunk * plan.across;
+  return plan.places * access_bytes * tensors;
+}
+
+// Whole groups: nothing passes between blocks.
+bool keep_whole(Plan& plan, int tensors, const Limits& limits) {
+  plan.threads = keeping_threads(plan.layout, tensors);
+  cut(plan, 1);
+  const std::int64_t bytes = kept_bytes(plan, tensors);
+  if (bytes > whole_bytes) return false;
+  if (plan.groups < limits.multiprocessors / 2 && bytes > whole_anyway) return false;
+  const std::int64_t needed = divide_up(plan.groups, limits.multiprocessors);
+  plan.lag = 0;
+  for (plan.ahead = 1; plan.ahead >= 0; --plan.ahead) {
+    plan.shared_bytes = bytes * (plan.ahead + 1);
+    const std::int64_t fitting = std::min<std::int64_t>(
+        (limits.shared_bytes + reserve) / (plan.shared_bytes + bytes_beside(plan) + reserve),
+        most_resident_threads / plan.threads);
+    plan.blocks_per_multiprocessor = static_cast<int>(std::min(fitting, needed));
+    // To look ahead, some must follow.
+    if (fitting > 0 && (plan.ahead == 0 || needed > fitting)) return true;
+  }
+  return false;
+}
+
+// Chunks of groups, whose sums meet. Tiles of columns have too many sums for that to be faster than
+// to read twice.
+bool keep_chunks(Plan& plan, int tensors, const Limits& limits) {
+  if (plan.layout == Layout::columns) return false;
+  const int per_multiprocessor = keeping_blocks(plan.layout, tensors);
+  const std::int64_t blocks = std::int64_t{per_multiprocessor} * limits.multiprocessors;
+  cut(plan, 1);
+  const std::int64_t group = kept_bytes(plan, tensors);
+  plan.ahead = ahead_of_sums;
+  plan.blocks_per_multiprocessor = per_multiprocessor;
+  for (plan.lag = least_lag; plan.lag <= most_lag; ++plan.lag) {
+    const std::int64_t stage =
+        ((limits.shared_bytes + reserve) / per_multiprocessor - reserve - bytes_beside(plan)) /
+        plan.stages();
+    if (stage < access_bytes * plan.threads * tensors) return false;
+    // Some items for each block, but no more of one group than there are blocks, if that can be.
+    const std::int64_t target =
+        std::min(stage, std::max({fewest_bytes * tensors, group * plan.groups / (4 * blocks),
+                                  divide_up(group, blocks)}));
+    std::int64_t wanted = divide_up(group, target);
+    for (; wanted <= 2 * divide_up(group, target) + 8; ++wanted) {
+      cut(plan, wanted);
+      if (kept_bytes(plan, tensors) <= stage) break;
+    }
+    if (kept_bytes(plan, tensors) > stage) continue;
+    // The items of a group are in so many steps and one more, its columns are added up in the one
+    // after that, at the latest.
+    if (divide_up(plan.chunks, blocks) + 1 > plan.lag) continue;
+    plan.shared_bytes = kept_bytes(plan, tensors) * plan.stages();
     return true;
   }
   return false;
 }
 
-void plan_columns(Plan& plan) {
-  const Problem& p = plan.problem;
-  plan.per = p.channels_last ? 1 : p.s;
-  plan.channel_columns = p.c * plan.per;
-  const std::int64_t positions = p.channels_last ? p.per_channel() : p.n;
-  const std::int64_t replicas = std::min<std::int64_t>(
-      plan.vector / std::gcd<std::int64_t>(plan.vector, plan.channel_columns), positions);
-  plan.width = plan.channel_columns * replicas;
-  plan.rows = divide_up(positions, replicas);
-  const std::int64_t vectors = divide_up(plan.width, plan.vector);
-  plan.tile_vectors = std::min(vectors, tile_width);
-  plan.tiles = divide_up(vectors, plan.tile_vectors);
-  const std::int64_t down = block_threads / plan.tile_vectors;
-  plan.own_tiles = plan.tiles == 1 || (plan.per == 1 && replicas == 1);
-
-  if (plan.own_tiles && plan.rows <= rows_at_once * down && p.size() <= small_size * 4) {
-    plan.path = Path::columns_once;
-    plan.chunks = 1;
-    plan.rows_per_chunk = plan.rows;
-    return;
-  }
-  plan.path = Path::columns;
-  const std::int64_t wanted = std::clamp<std::int64_t>(
-      std::min(enough_blocks / plan.tiles, most_partials / plan.width), 1, most_chunks);
-  plan.rows_per_chunk = std::max(8 * down, divide_up(plan.rows, wanted));
-  plan.chunks = divide_up(plan.rows, plan.rows_per_chunk);
-  plan.partials = plan.chunks * plan.width;
-  plan.tickets = plan.own_tiles ? plan.tiles : 1;
-}
-
 }  // namespace
 
-Plan make_plan(const Problem& problem, int item, int tensors, const Limits& limits) {
+Plan make_plan(const Problem& problem, int item, int tensors, bool summed, const Limits& limits) {
   Plan plan{};
-  plan.problem = problem;
+  Problem& p = plan.problem;
+  p = problem;
+  // Other names for the same memory.
+  if (p.c == 1) p = {1, 1, p.n * p.s, false};
+  if (p.s == 1) p.channels_last = true;
   plan.vector = access_bytes / item;
   plan.threads = block_threads;
-  plan.pieces = plan.cluster = 1;
-  if (problem.s == 1) plan.problem.channels_last = true;  // the same memory
-  if (plan.problem.channels_last || problem.s * item < short_row_bytes) {
-    plan_columns(plan);
-    return plan;
+  plan.phases = plan.across = 1;
+  plan.pieces = 1;
+  if (p.channels_last || p.s * item < short_row_bytes)
+    lay_columns(plan);
+  else
+    lay_rows(plan);
+
+  plan.reads = Reads::once;
+  if (!summed || !(keep_whole(plan, tensors, limits) || keep_chunks(plan, tensors, limits))) {
+    plan.reads = Reads::twice;
+    plan.threads = block_threads;
+    plan.shared_bytes = plan.ahead = plan.lag = 0;
+    const std::int64_t of_group = plan.layout == Layout::rows
+                                      ? p.per_channel()
+                                      : plan.rows * plan.tile_columns;
+    cut(plan, std::clamp<std::int64_t>(
+                  std::min(divide_up(enough_blocks, plan.groups), of_group / fewest_values), 1,
+                  summed ? most_chunks : most_blocks));
   }
-  if (try_resident(plan, tensors, limits)) return plan;
-  plan.path = Path::rows;
-  const std::int64_t wanted = std::clamp<std::int64_t>(
-      std::min(divide_up(enough_blocks, problem.c), problem.per_channel() / fewest_values), 1,
-      most_chunks);
-  cut_rows(plan, wanted);
-  plan.partials = plan.chunks * problem.c;
-  plan.tickets = problem.c;
+  if (summed && plan.chunks > 1) {
+    if (plan.reads == Reads::once) {
+      plan.letters = plan.items() * plan.sums_per_item() +
+                     plan.groups * plan.group_channels * most_coefficients(plan) / letter_bytes;
+    } else {
+      plan.partials = plan.items() * plan.sums_per_item();
+      plan.tickets = plan.groups;
+    }
+  }
   return plan;
 }
 

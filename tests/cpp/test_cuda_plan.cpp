@@ -5,6 +5,7 @@
 #include <fstream>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/plan.hpp"
@@ -23,8 +24,8 @@ void check(bool ok, const char* what) {
   std::printf("FAILED %s: %s\n", of.c_str(), what);
 }
 
-// Shared memory of a block and blocks of a cluster, for compute capability 7.5, 8.0 and 9.0.
-constexpr Limits devices[] = {{63 << 10, 1}, {162 << 10, 1}, {226 << 10, 8}};
+// A T4, an A100 and an H100.
+constexpr Limits devices[] = {{64 << 10, 40}, {163 << 10, 108}, {227 << 10, 132}};
 constexpr std::int64_t most_workspace = std::int64_t{24} << 20;
 
 std::int64_t channel_of(const Problem& p, std::int64_t i) {
@@ -50,33 +51,37 @@ void check_coverage(const Plan& plan) {
       channels_right &= channel_of(p, slot.first + e) == channel(e);
     }
   };
-  if (plan.path == Path::rows || plan.path == Path::resident) {
-    const std::int64_t blocks = plan.path == Path::resident ? plan.cluster : plan.chunks;
-    const std::int64_t places =
-        plan.shared_bytes > 0 ? plan.rows_per_chunk * plan.slots_per_run : INT64_MAX;
-    for (std::int64_t c = 0; c < p.c; ++c) {
-      std::int64_t values = 0;
-      for (std::int64_t chunk = 0; chunk < blocks; ++chunk)
-        for (int t = 0; t < plan.threads; ++t) {
-          RowSlots walk(plan, c, chunk, t, plan.threads);
-          if (t == 0) values += walk.values();
-          for (; walk.valid(); walk.next()) {
-            check(walk.number() < places, "no place in shared memory");
-            visit(walk.get(), [&](int) { return c; });
-          }
+  const std::int64_t places = plan.reads == Reads::once ? plan.places : INT64_MAX;
+  for (std::int64_t group = 0; group < plan.groups; ++group) {
+    const std::int64_t first = first_channel(plan, group);
+    check(channels_of(plan, group) > 0 && first + channels_of(plan, group) <= p.c,
+          "channels of a group");
+    const auto walk_all = [&](auto walk) {
+      for (; walk.valid(); walk.next()) {
+        check(walk.number() < places, "no place in shared memory");
+        Slot slot = walk.get();
+        if (plan.whole) {
+          check(slot.first == walk.first_if_whole(), "a whole slot is elsewhere");
+          slot = {walk.first_if_whole(), 0, plan.vector};
         }
-      check(values == p.per_channel(), "values of a channel");
-    }
-  } else {
-    for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk)
-      for (std::int64_t tile = 0; tile < plan.tiles; ++tile)
-        for (int t = 0; t < plan.threads; ++t)
-          for (ColumnSlots walk(plan, tile, chunk, t, plan.threads); walk.valid(); walk.next()) {
-            const std::int64_t column = walk.column();
-            check(plan.own_tiles || plan.path == Path::columns,
-                  "one launch needs the whole of each channel in a tile");
-            visit(walk.get(), [&](int e) { return channel_of_column(plan, column + e); });
-          }
+        visit(slot, [&](int e) {
+          const int column = walk.column(e);
+          check(column < plan.sums_per_item(), "a column of another tile");
+          return first + channel_of_column(plan, column);
+        });
+      }
+    };
+    const auto walk_chunks = [&](auto walk) {
+      for (unsigned chunk = 0; chunk < plan.chunks; ++chunk) {
+        walk.start(group, chunk);
+        walk_all(walk);
+      }
+    };
+    for (int t = 0; t < plan.threads; ++t)
+      if (plan.layout == Layout::rows)
+        walk_chunks(RowSlots<std::int64_t>(plan, t, plan.threads));
+      else
+        walk_chunks(ColumnSlots<std::int64_t>(plan, t, plan.threads));
   }
   check(channels_right, "a value of another channel");
   check(std::all_of(seen.begin(), seen.end(), [](unsigned char n) { return n == 1; }),
@@ -86,21 +91,31 @@ void check_coverage(const Plan& plan) {
 void check_plan(const Problem& p, bool covered) {
   for (const Limits& limits : devices)
     for (const int item : {2, 4, 8})
-      for (const int tensors : {1, 2}) {
+      for (const auto& [tensors, summed] : {std::pair(1, true), {2, true}, {1, false}}) {
         of = std::to_string(p.n) + "x" + std::to_string(p.c) + "x" + std::to_string(p.s) +
              (p.channels_last ? " last" : "") + ", item " + std::to_string(item) + ", tensors " +
-             std::to_string(tensors) + ", cluster " + std::to_string(limits.cluster);
-        const Plan plan = make_plan(p, item, tensors, limits);
+             std::to_string(tensors) + (summed ? ", summed" : "") + ", multiprocessors " +
+             std::to_string(limits.multiprocessors);
+        const Plan plan = make_plan(p, item, tensors, summed, limits);
         check(plan.vector * item == access_bytes, "width of an access");
-        check(plan.shared_bytes <= limits.shared_bytes, "shared memory");
-        check(plan.threads % 32 == 0 && plan.threads <= most_threads, "threads");
-        check(plan.cluster >= 1 && plan.cluster <= limits.cluster, "cluster");
-        check(plan.path != Path::resident || plan.chunks <= plan.cluster, "chunks of a cluster");
-        check(
-            plan.partials * 16 + plan.tickets * 4 <= std::max(most_workspace, 64 * plan.problem.c),
-            "workspace");
-        check(plan.chunks * std::max(plan.problem.c, plan.tiles) < (std::int64_t{1} << 31),
-              "blocks");
+        check(plan.threads % 32 == 0 && plan.threads <= block_threads, "threads");
+        check(plan.across <= most_across && plan.threads / 32 % plan.phases == 0, "warps");
+        check(plan.sums_per_item() <= most_across * plan.vector, "sums of an item");
+        const std::int64_t beside = bytes_beside(plan);
+        const std::int64_t reserved = 1024, together = plan.blocks_per_multiprocessor;
+        check(plan.reads == Reads::once || plan.shared_bytes == 0, "nothing is kept");
+        check(plan.reads == Reads::twice ||
+                  (together > 0 && (plan.shared_bytes + beside + reserved) * together <=
+                                       limits.shared_bytes + reserved),
+              "shared memory");
+        // All that run at the same time wait for none that does not; see keep_items.
+        check(plan.reads == Reads::twice || plan.chunks == 1 ||
+                  plan.chunks <= (plan.lag - 1) * together * limits.multiprocessors,
+              "chunks that wait for each other");
+        check(plan.ahead <= 2, "fetches that can be waited for");
+        check(plan.partials * 16 + plan.tickets * 4 + plan.letters * 32 <= most_workspace,
+              "workspace");
+        check(plan.items() < (std::int64_t{1} << 31), "blocks");
         if (covered) check_coverage(plan);
       }
 }
@@ -139,18 +154,21 @@ int main(int, char** argv) {
   check_plan({64, 3, std::int64_t{1} << 30, false}, false);
   check_plan({3, std::int64_t{1} << 26, 64, false}, false);
 
-  // What is meant to happen, on the largest device: single reads where a channel fits.
+  // What is meant to happen, on the largest device: single reads where blocks can keep a group.
   const Limits& hopper = devices[2];
-  const auto path = [&](Problem p, int item, int tensors) {
-    return make_plan(p, item, tensors, hopper).path;
+  const auto once = [&](Problem p, int item, int tensors) {
+    return make_plan(p, item, tensors, true, hopper).reads == Reads::once;
+  };
+  const auto chunks = [&](Problem p, int item, int tensors) {
+    return make_plan(p, item, tensors, true, hopper).chunks;
   };
   of = "paths";
-  check(path({32, 64, 112 * 112, false}, 4, 1) == Path::resident, "1.6 MB fit into a cluster");
-  check(path({32, 64, 112 * 112, false}, 4, 2) == Path::rows, "twice as much does not");
-  check(path({32, 2048, 49, false}, 4, 2) == Path::resident, "short rows");
-  check(path({32, 3, 224 * 224, false}, 4, 1) == Path::rows, "few channels");
-  check(path({32, 64, 3136, true}, 2, 1) == Path::columns, "channels-last");
-  check(path({128, 512, 1, true}, 4, 1) == Path::columns_once, "small activations");
+  check(once({32, 64, 224 * 224, false}, 4, 1), "channels of 6 MB");
+  check(once({32, 64, 224 * 224, false}, 4, 2), "two tensors of them");
+  check(!once({32, 64, 224 * 224, true}, 4, 1), "tiles of 206 MB");
+  check(chunks({32, 2048, 49, false}, 4, 2) == 1, "small channels are whole");
+  check(chunks({128, 512, 1, true}, 4, 1) == 1, "small activations");
+  check(chunks({1, 64, 224 * 224, false}, 4, 1) > 1, "few channels of a large device");
   if (failures == 0) std::printf("done\n");
   return failures == 0 ? 0 : 1;
 }

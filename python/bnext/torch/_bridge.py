@@ -179,6 +179,10 @@ def gpu_available() -> bool:
     return not _core.cuda_unavailable_reason()
 
 
+# torch.compiler.assume_constant_result, without the seconds that importing the compiler takes.
+gpu_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _laid_out(x: Tensor | None, last: bool) -> Tensor | None:
     """As `to_array`, on a GPU."""
     return None if x is None else (_to_last(x) if last else x).detach().contiguous()

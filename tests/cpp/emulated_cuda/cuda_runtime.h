@@ -6,7 +6,7 @@
 // it gives other bits in the next one.
 //
 // Environment, read at the first use: BNEXT_EMULATED_DEVICES (1), BNEXT_EMULATED_MEMORY (bytes that
-// can be allocated, without limit), BNEXT_EMULATED_CAPABILITY (90; 75 and 80 have no clusters).
+// can be allocated, without limit), BNEXT_EMULATED_SHARED (KiB of shared memory of a block, 227).
 #pragma once
 
 #include <sys/mman.h>
@@ -29,6 +29,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct uint4 {
   unsigned x, y, z, w;
@@ -59,7 +60,6 @@ struct Warp {
 
 struct Block {
   dim3 index;
-  int rank;
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<std::uint64_t> shared;
@@ -76,8 +76,7 @@ struct Machine {
   std::mutex mutex;  // one launch at a time
   std::vector<Fiber> fibers;
   std::vector<unsigned char*> stacks;
-  std::vector<Block> blocks;  // of the cluster that runs
-  Barrier cluster;
+  std::vector<Block> blocks;  // that run at the same time
   Fiber* current = nullptr;
   void* scheduler = nullptr;
   void (*call)(void*) = nullptr;
@@ -147,11 +146,10 @@ inline void prepare(Fiber& fiber, unsigned char* stack) {
   fiber.done = false;
 }
 
-inline void run_cluster(unsigned first, unsigned count, std::size_t shared) {
+inline void run_blocks(unsigned first, unsigned count, std::size_t shared) {
   Machine& m = machine();
   const unsigned threads = blockDim.x;
   m.blocks.assign(count, Block{});
-  m.cluster = {static_cast<int>(count * threads), 0, 0};
   m.fibers.assign(std::size_t{count} * threads, Fiber{});
   while (m.stacks.size() < m.fibers.size())
     m.stacks.push_back(static_cast<unsigned char*>(
@@ -159,7 +157,6 @@ inline void run_cluster(unsigned first, unsigned count, std::size_t shared) {
   for (unsigned b = 0; b < count; ++b) {
     Block& block = m.blocks[b];
     block.index = dim3(first + b);
-    block.rank = static_cast<int>(b);
     block.barrier = {static_cast<int>(threads), 0, 0};
     block.warps.assign(threads / warp_threads, Warp{});
     for (Warp& warp : block.warps) warp.barrier.expected = warp_threads;
@@ -186,19 +183,6 @@ inline void run_cluster(unsigned first, unsigned count, std::size_t shared) {
 inline unsigned char* block_memory() {
   return reinterpret_cast<unsigned char*>(machine().current->block->shared.data());
 }
-inline int cluster_rank() {
-  return machine().current->block->rank;
-}
-inline void cluster_barrier() {
-  wait(machine().cluster);
-}
-inline void* of_peer(void* shared, int rank) {
-  Machine& m = machine();
-  const auto offset = static_cast<unsigned char*>(shared) - block_memory();
-  return reinterpret_cast<unsigned char*>(m.blocks[static_cast<std::size_t>(rank)].shared.data()) +
-         offset;
-}
-
 template <class T>
 T shuffle(T value, int from) {
   static_assert(sizeof(T) <= 8);
@@ -221,6 +205,7 @@ inline void __syncthreads() {
   emulated::wait(emulated::machine().current->block->barrier);
 }
 inline void __threadfence() {}
+using std::min;
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int lanes) {
   return emulated::shuffle(value, static_cast<int>(threadIdx.x % 32) ^ lanes);
@@ -265,11 +250,11 @@ enum cudaMemoryType {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMultiProcessorCount,
 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 constexpr unsigned cudaStreamNonBlocking = 1;
 using cudaStream_t = void*;
 using cudaEvent_t = void*;
@@ -281,9 +266,7 @@ struct cudaPointerAttributes {
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
-    struct {
-      unsigned x, y, z;
-    } clusterDim;
+    int cooperative;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -311,7 +294,7 @@ struct Runtime {
   long long used = 0;
   const long long limit = setting("BNEXT_EMULATED_MEMORY", 1LL << 60);
   const int devices = static_cast<int>(setting("BNEXT_EMULATED_DEVICES", 1));
-  const int capability = static_cast<int>(setting("BNEXT_EMULATED_CAPABILITY", 90));
+  const int shared = static_cast<int>(setting("BNEXT_EMULATED_SHARED", 227)) << 10;
 };
 inline Runtime& runtime() {
   static Runtime& runtime = *new Runtime;
@@ -362,11 +345,9 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const int capability = emulated::runtime().capability;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
-           : capability >= 90                             ? 227 << 10
-           : capability >= 80                             ? 163 << 10
-                                                          : 64 << 10;
+  constexpr int multiprocessors = 2;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors
+                                                       : emulated::runtime().shared;
   return cudaSuccess;
 }
 template <class T>
@@ -475,12 +456,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   m.kernel = &call;
   m.call = [](void* it) { (*static_cast<Call*>(it))(); };
   m.turned = !m.turned;
-  const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
-  if (cluster == 0 || gridDim.x % cluster != 0 || config->dynamicSmemBytes > (227u << 10))
+  if (gridDim.x == 0 || config->dynamicSmemBytes > static_cast<std::size_t>(emulated::runtime().shared))
     return emulated::report(cudaErrorInvalidValue);
-  const unsigned clusters = gridDim.x / cluster;
-  for (unsigned k = 0; k < clusters; ++k)
-    emulated::run_cluster((m.turned ? clusters - 1 - k : k) * cluster, cluster,
-                          config->dynamicSmemBytes);
+  // All at the same time, or one after the other.
+  const unsigned together = config->numAttrs > 0 ? gridDim.x : 1, steps = gridDim.x / together;
+  for (unsigned k = 0; k < steps; ++k)
+    emulated::run_blocks((m.turned ? steps - 1 - k : k) * together, together,
+                         config->dynamicSmemBytes);
   return cudaSuccess;
 }
