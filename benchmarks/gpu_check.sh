@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: build, run all tests of the CUDA backend, compute-sanitizer and
-# the benchmark, in some eight minutes and without a network.
-#   benchmarks/gpu_check.sh OUT
+# the benchmark, in some eight minutes (or SECONDS_IN_ALL) and without a network.
+#   [SECONDS_IN_ALL=470] benchmarks/gpu_check.sh OUT
 # Needs nvcc, CMake, a C++ compiler, and a Python with pybind11, numpy, ml_dtypes, pytest,
-# hypothesis and torch. OUT gets a log of each step, gpu.json, gpu.png and summary.txt. A step that
+# hypothesis and torch; pytest-xdist makes the tests faster. OUT gets a log of each step, gpu.json, gpu.png and summary.txt. A step that
 # fails does not stop the others; the exit status says whether all went well.
 set -uo pipefail
 [ $# -eq 1 ] || { sed -n 's/^#   //p' "$0"; exit 2; }
@@ -44,7 +44,9 @@ export PYTHONPATH=$PWD/python PYTHONUNBUFFERED=1
 step config 60 "$python" -c "import bnext; bnext.show_config()"
 step c++ 60 "$build/tests/cpp/bnext_test" cuda
 # The tests of every backend, for this one; test_cuda.py also has arrays of the device.
-step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
+parallel=$("$python" -c "import xdist" 2> /dev/null && echo "-n 8")
+# shellcheck disable=SC2086
+step tests 200 "$python" -m pytest -m gpu -q -p no:cacheprovider -p no:benchmark $parallel tests
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer > /dev/null; then
     step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
@@ -53,8 +55,9 @@ for tool in memcheck racecheck; do
     echo "$tool: no compute-sanitizer here" | tee -a "$out/summary.txt"
   fi
 done
-left=$((470 - SECONDS))
-tail=12 step benchmark $((left > 90 ? left : 90)) "$python" benchmarks/gpu_ops.py \
-  --write "$out/gpu.json" --plot "$out/gpu.png" --seconds $((left > 120 ? left - 40 : 60))
+left=$((${SECONDS_IN_ALL:-470} - SECONDS))
+left=$((left > 60 ? left : 60))
+tail=12 step benchmark "$left" "$python" benchmarks/gpu_ops.py \
+  --write "$out/gpu.json" --plot "$out/gpu.png" --seconds $((left - 25))
 echo "all: $SECONDS s" | tee -a "$out/summary.txt"
 exit $failed

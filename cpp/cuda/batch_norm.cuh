@@ -93,8 +93,8 @@ struct Forward {
   }
   // Adds what the values of a slot add to the sums.
   template <bool plain, class At, class CenterOf, class SumsOf>
-  __device__ void sum(const At& slot, const Input& in, const Stored<S>&,
-                      CenterOf center, SumsOf sums) const {
+  __device__ void sum(const At& slot, const Input& in, const Stored<S>&, CenterOf center,
+                      SumsOf sums) const {
 #pragma unroll
     for (int e = 0; e < width_of<S>; ++e) {
       const T c = center(e), x = slot.has(e) ? in.x[e] : c;
@@ -183,9 +183,7 @@ struct Backward {
     fetch(at, g(), slot, size, wide);
     fetch(at + places, x(), slot, size, wide);
   }
-  __device__ static Input brought(const Stored<S>* at, int places) {
-    return {at[0], at[places]};
-  }
+  __device__ static Input brought(const Stored<S>* at, int places) { return {at[0], at[places]}; }
 
   template <bool plain>
   __device__ Tail<S, plain> tail() const {
@@ -206,8 +204,8 @@ struct Backward {
     tail.gradients(g, x, residual, slot, of);
   }
   template <bool plain, class At, class CenterOf, class SumsOf>
-  __device__ void sum(const At& slot, const Input& in, const Stored<S>& residual,
-                      CenterOf center, SumsOf sums) const {
+  __device__ void sum(const At& slot, const Input& in, const Stored<S>& residual, CenterOf center,
+                      SumsOf sums) const {
     T g[width_of<S>], x[width_of<S>];
     gradients<plain>(g, x, slot, in, residual, [&](int e) { return center(e).forward; });
 #pragma unroll
@@ -246,8 +244,8 @@ constexpr int columns_of = layout == Layout::rows ? 1 : width_of<S>;
 template <bool fast>
 using Index = std::conditional_t<fast, int, std::int64_t>;
 template <Layout layout, bool fast>
-using Slots = std::conditional_t<layout == Layout::rows, RowSlots<Index<fast>>,
-                                 ColumnSlots<Index<fast>>>;
+using Slots =
+    std::conditional_t<layout == Layout::rows, RowSlots<Index<fast>>, ColumnSlots<Index<fast>>>;
 
 // Calls body(e, column) for the values of an access that have columns of their own in the group.
 template <int count, class Walk, class Body>
@@ -390,9 +388,8 @@ __device__ inline void recall_group(typename Op::Coefficients* of_channels, cons
 template <int count, class Coefficients, class Walk>
 __device__ inline void find_coefficients(Each<Coefficients, count>& mine, const Plan& plan,
                                          const Walk& walk, const Coefficients* of_channels) {
-  for_columns<count>(walk, [&](int e, int column) {
-    mine(e) = of_channels[channel_of_column(plan, column)];
-  });
+  for_columns<count>(
+      walk, [&](int e, int column) { mine(e) = of_channels[channel_of_column(plan, column)]; });
 }
 
 // -- two launches ---------------------------------------------------------------------------------
@@ -478,11 +475,11 @@ __global__ void __launch_bounds__(block_threads)
 
 // Items of a block follow each other in steps: while some are on their way into shared memory, one
 // is summed, and one of `lag` steps ago is written. Where groups have several chunks, blocks send
-// each other letters: the sums of an item to the one that finishes the channel, and the coefficients
-// of the channel to all. In each step a block sums before it waits, finishes channels of the item
-// before, and then writes: what it waits for is made in an earlier step of another block, or in the
-// same one without waiting, if all blocks run at the same time and `lag` is long enough; see
-// keep_chunks.
+// each other letters: the sums of an item to the one that finishes the channel, and the
+// coefficients of the channel to all. In each step a block sums before it waits, finishes channels
+// of the item before, and then writes: what it waits for is made in an earlier step of another
+// block, or in the same one without waiting, if all blocks run at the same time and `lag` is long
+// enough; see keep_chunks.
 template <class S, class Op, Layout layout, bool plain, bool fast>
 __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
                                   layout == Layout::rows ? keeping_blocks(layout, Op::tensors) : 1)
@@ -565,8 +562,7 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
       if (step > plan.lag) advance(writing);
       if (writing.item < items && writing.group != recalled &&
           thread < channels_of(plan, writing.group)) {
-        from_finisher =
-            of_coefficients + (first_channel(plan, writing.group) + thread) * pages;
+        from_finisher = of_coefficients + (first_channel(plan, writing.group) + thread) * pages;
 #pragma unroll
         for (int k = 0; k < pages; ++k) coming[k] = look_at(from_finisher + k);
       }
@@ -592,8 +588,8 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
         if (chunks == 1)
           totals[column] = total;
         else
-          post(meeting.letters +
-                   (std::int64_t{summing.group} * columns + column) * chunks + summing.chunk,
+          post(meeting.letters + (std::int64_t{summing.group} * columns + column) * chunks +
+                   summing.chunk,
                total, meeting.launch);
       });
     }
@@ -608,8 +604,7 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
              i += threads / warp_threads * finishers) {
           const Sums mine = sum_columns(plan, i, [&](int column) {
             return receive_all(
-                meeting.letters +
-                    (std::int64_t{before.group} * columns + column) * all + lane,
+                meeting.letters + (std::int64_t{before.group} * columns + column) * all + lane,
                 (all - lane + warp_threads - 1) / warp_threads, warp_threads, meeting.launch);
           });
           const Sums total = warp_sum(mine, 1);
@@ -626,8 +621,8 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
     if (writing.item >= items) break;
     const auto walk = walk_of(writing);
     if (writing.group != recalled) {
-      of_channels =
-          of_channels == all_coefficients ? all_coefficients + plan.group_channels : all_coefficients;
+      of_channels = of_channels == all_coefficients ? all_coefficients + plan.group_channels
+                                                    : all_coefficients;
       if (chunks > 1) {
         if (from_finisher != nullptr)
           of_channels[thread] = receive<Coefficients>(from_finisher, coming, meeting.launch);

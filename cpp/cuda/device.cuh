@@ -119,11 +119,11 @@ __device__ inline Stored<S> load(const S* array, const At& slot, std::int64_t si
   if (is_one_access<S>(slot, size, wide)) {
     const uint4 raw = *reinterpret_cast<const uint4*>(array + slot.first);
     memcpy(&result, &raw, sizeof raw);
-    return result;
-  }
+  } else {
 #pragma unroll
-  for (int e = 0; e < width_of<S>; ++e)
-    result.value[e] = slot.has(e) ? array[slot.first + e] : S{};
+    for (int e = 0; e < width_of<S>; ++e)
+      result.value[e] = slot.has(e) ? array[slot.first + e] : S{};
+  }
   return result;
 }
 
@@ -206,11 +206,11 @@ __device__ inline void store(S* array, const At& slot, const Compute<S> (&values
     uint4 raw;
     memcpy(&raw, &result, sizeof raw);
     *reinterpret_cast<uint4*>(array + slot.first) = raw;
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int e = 0; e < width_of<S>; ++e)
-    if (slot.has(e)) array[slot.first + e] = result.value[e];
+    for (int e = 0; e < width_of<S>; ++e)
+      if (slot.has(e)) array[slot.first + e] = result.value[e];
+  }
 }
 
 // The bits of a slot's elements, in the lowest bits. Slots begin at multiples of their width, so

@@ -61,8 +61,8 @@ template <class S, class Op, Layout layout, bool plain, bool fast>
 void write_only(const Place& place, const Plan& plan, const Op& op) {
   const auto shared =
       static_cast<std::size_t>(plan.group_channels) * sizeof(typename Op::Coefficients);
-  start<write_items<S, Op, layout, plain, fast>>(place, plan.items(), plan.threads, shared, false, op,
-                                           plan);
+  start<write_items<S, Op, layout, plain, fast>>(place, plan.items(), plan.threads, shared, false,
+                                                 op, plan);
 }
 
 // Sums, and then what follows from them.
@@ -73,15 +73,15 @@ void sum_and_write(const Place& place, const Plan& plan, const Op& op, const Mee
         std::int64_t{plan.blocks_per_multiprocessor} * limits_of(place.device).multiprocessors;
     start<keep_items<S, Op, layout, plain, fast>>(
         place, std::min(plan.items(), most), plan.threads,
-        static_cast<std::size_t>(plan.shared_bytes + bytes_beside(plan)), plan.chunks > 1, op,
-        plan, meeting);
+        static_cast<std::size_t>(plan.shared_bytes + bytes_beside(plan)), plan.chunks > 1, op, plan,
+        meeting);
     return;
   }
   const std::size_t scratch = static_cast<std::size_t>(scratch_sums(plan)) * sizeof(Sums);
   // The sums of forward come before everything that follows the normalisation.
   constexpr bool plain_sums = plain || std::is_same<Op, Forward<S>>::value;
-  start<sum_items<S, Op, layout, plain_sums, fast>>(place, plan.items(), plan.threads, scratch, false,
-                                              op, plan, meeting);
+  start<sum_items<S, Op, layout, plain_sums, fast>>(place, plan.items(), plan.threads, scratch,
+                                                    false, op, plan, meeting);
   write_only<S, Op, layout, plain, fast>(place, plan, op);
 }
 

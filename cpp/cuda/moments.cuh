@@ -94,8 +94,8 @@ __device__ inline void post(Letter* to, const T& what, unsigned launch) {
   for (int k = 0; k < 2 * letters_for<T>; ++k) {
     unsigned* const at = to->word + 4 * k;
 #if defined(__CUDACC__)
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at),
-                 "r"(half[2 * k]), "r"(launch), "r"(half[2 * k + 1]), "r"(launch)
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(half[2 * k]),
+                 "r"(launch), "r"(half[2 * k + 1]), "r"(launch)
                  : "memory");
 #else
     at[0] = half[2 * k];

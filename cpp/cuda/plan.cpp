@@ -14,11 +14,11 @@ constexpr std::int64_t short_row_bytes = 64;  // below it, rows are columns
 constexpr std::int64_t fewest_values = 4096;  // of a chunk; fewer are not worth a block
 constexpr std::int64_t most_chunks = 512;     // more only cost time to merge
 // Reading once
-constexpr std::int64_t whole_bytes = 50 << 10;      // of a group that one block takes whole
-constexpr std::int64_t whole_anyway = 32 << 10;     // the same, however few groups there are
-constexpr std::int64_t fewest_bytes = 4 << 10;      // of a chunk of a group
-constexpr int most_resident_threads = 512;          // of a multiprocessor, by their registers
-constexpr std::int64_t reserve = 1 << 10;           // shared bytes that each block takes besides
+constexpr std::int64_t whole_bytes = 50 << 10;   // of a group that one block takes whole
+constexpr std::int64_t whole_anyway = 32 << 10;  // the same, however few groups there are
+constexpr std::int64_t fewest_bytes = 4 << 10;   // of a chunk of a group
+constexpr int most_resident_threads = 512;       // of a multiprocessor, by their registers
+constexpr std::int64_t reserve = 1 << 10;        // shared bytes that each block takes besides
 constexpr int ahead_of_sums = 1, least_lag = 2, most_lag = 12;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) {
@@ -49,7 +49,8 @@ void lay_columns(Plan& plan) {
   plan.channel_columns = p.c * plan.per;
   const std::int64_t positions = p.channels_last ? p.per_channel() : p.n;
   // Rows that begin with an access, as wide as a tile.
-  const std::int64_t period = plan.vector / std::gcd<std::int64_t>(plan.vector, plan.channel_columns);
+  const std::int64_t period =
+      plan.vector / std::gcd<std::int64_t>(plan.vector, plan.channel_columns);
   const std::int64_t replicas =
       std::min(widest / plan.channel_columns, positions) / period * period;
   plan.width = plan.channel_columns * std::max<std::int64_t>(1, replicas);
@@ -75,8 +76,7 @@ void lay_columns(Plan& plan) {
   const std::int64_t accesses = aligned ? plan.tile_columns / plan.vector
                                         : (plan.tile_columns + plan.vector - 2) / plan.vector + 1;
   plan.whole = plan.phases == 1 && plan.tile_columns % plan.vector == 0 &&
-               plan.width % plan.vector == 0 && plan.rows * plan.width == p.size() &&
-               is_counted(p);
+               plan.width % plan.vector == 0 && plan.rows * plan.width == p.size() && is_counted(p);
   plan.across = 1;
   while (plan.across < accesses) plan.across *= 2;
 }
@@ -194,9 +194,8 @@ Plan make_plan(const Problem& problem, int item, int tensors, bool summed, const
     plan.reads = Reads::twice;
     plan.threads = block_threads;
     plan.shared_bytes = plan.ahead = plan.lag = 0;
-    const std::int64_t of_group = plan.layout == Layout::rows
-                                      ? p.per_channel()
-                                      : plan.rows * plan.tile_columns;
+    const std::int64_t of_group =
+        plan.layout == Layout::rows ? p.per_channel() : plan.rows * plan.tile_columns;
     cut(plan, std::clamp<std::int64_t>(
                   std::min(divide_up(enough_blocks, plan.groups), of_group / fewest_values), 1,
                   summed ? most_chunks : most_blocks));

@@ -28,9 +28,9 @@ constexpr int most_across = 8;  // accesses side by side in a tile: 128 bytes, a
 //     places of memory of 16 bytes.
 //   columns: a matrix of rows, which is summed by columns: channels-last, and channels-first where
 //     the runs of a channel are too short to be accesses of their own. Column j of the matrix
-//     belongs to channel j % channel_columns / per: `width / channel_columns` positions may lie side
-//     by side in a row, where there are few channels; the last row may be short. A group is a tile
-//     of columns that has all columns of its channels, a chunk of it is some rows.
+//     belongs to channel j % channel_columns / per: `width / channel_columns` positions may lie
+//     side by side in a row, where there are few channels; the last row may be short. A group is a
+//     tile of columns that has all columns of its channels, a chunk of it is some rows.
 enum class Layout { rows, columns };
 
 // How often memory is read.
@@ -83,9 +83,7 @@ struct Plan {
   BNEXT_HD std::int64_t items() const { return groups * chunks; }
   BNEXT_HD int stages() const { return ahead + lag + 1; }
   // Sums of an item: the columns of a tile.
-  BNEXT_HD std::int64_t sums_per_item() const {
-    return layout == Layout::rows ? 1 : tile_columns;
-  }
+  BNEXT_HD std::int64_t sums_per_item() const { return layout == Layout::rows ? 1 : tile_columns; }
 };
 
 // For an operation that keeps `tensors` tensors of `item` bytes a value; `summed`: that needs sums.
@@ -121,8 +119,9 @@ struct WholeSlot {
   BNEXT_HD constexpr unsigned mask() const { return (1u << vector) - 1u; }
 };
 
-// The slots of one thread in a chunk of a channel: number `thread`, and then each `threads`-th after
-// it. For one item after another: what is the same for all is found once. `Index` counts values.
+// The slots of one thread in a chunk of a channel: number `thread`, and then each `threads`-th
+// after it. For one item after another: what is the same for all is found once. `Index` counts
+// values.
 template <class Index>
 class RowSlots {
  public:
@@ -153,8 +152,8 @@ class RowSlots {
     total_ = static_cast<int>(left < most_rows ? left : most_rows) * slots_;
     // The last piece is shorter.
     if (plan_.whole && pieces > 1)
-      total_ = static_cast<int>(static_cast<unsigned>(length_) /
-                                static_cast<unsigned>(plan_.vector));
+      total_ =
+          static_cast<int>(static_cast<unsigned>(length_) / static_cast<unsigned>(plan_.vector));
     begin_ = (row + first_row_) * between_ + static_cast<Index>(channel) * s + begin;
     number_ = thread_;
     slot_ = first_slot_;
@@ -204,8 +203,7 @@ class ColumnSlots {
     down_ = threads / across;
     step_ = down_ * width_;
     offset_ = (lane & (across - 1)) * plan.vector;
-    first_row_ = warp % plan.phases +
-                 plan.phases * (warp / plan.phases * together + lane / across);
+    first_row_ = warp % plan.phases + plan.phases * (warp / plan.phases * together + lane / across);
   }
   BNEXT_HD void start(unsigned tile, unsigned chunk) {
     const auto per_chunk = static_cast<Index>(plan_.rows_per_chunk);

@@ -346,8 +346,8 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   constexpr int multiprocessors = 2;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors
-                                                       : emulated::runtime().shared;
+  *value =
+      attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : emulated::runtime().shared;
   return cudaSuccess;
 }
 template <class T>
@@ -456,7 +456,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   m.kernel = &call;
   m.call = [](void* it) { (*static_cast<Call*>(it))(); };
   m.turned = !m.turned;
-  if (gridDim.x == 0 || config->dynamicSmemBytes > static_cast<std::size_t>(emulated::runtime().shared))
+  if (gridDim.x == 0 ||
+      config->dynamicSmemBytes > static_cast<std::size_t>(emulated::runtime().shared))
     return emulated::report(cudaErrorInvalidValue);
   // All at the same time, or one after the other.
   const unsigned together = config->numAttrs > 0 ? gridDim.x : 1, steps = gridDim.x / together;
