@@ -137,6 +137,22 @@ bool keep_whole(Plan& plan, int tensors, const Limits& limits) {
   return false;
 }
 
+// Cuts rows into chunks of about `target` bytes, and at most so many: some samples of a channel, or
+// a piece of one.
+void cut_to(Plan& plan, int tensors, std::int64_t target, std::int64_t most) {
+  const Problem& p = plan.problem;
+  const std::int64_t slot_bytes = std::int64_t{access_bytes} * tensors, edge = plan.whole ? 0 : 1;
+  const std::int64_t slots = divide_up(p.s, plan.vector), row_bytes = (slots + edge) * slot_bytes;
+  const auto fitting = [&](std::int64_t bytes) {
+    return std::clamp<std::int64_t>(divide_up(target, bytes), 1,
+                                    std::max<std::int64_t>(1, most / bytes));
+  };
+  if (row_bytes <= most)
+    cut(plan, divide_up(p.n, fitting(row_bytes)));
+  else
+    cut(plan, p.n * divide_up(slots, std::max<std::int64_t>(1, fitting(slot_bytes) - edge)));
+}
+
 // Chunks of groups, whose sums meet. Tiles of columns have too many sums for that to be faster than
 // to read twice.
 bool keep_chunks(Plan& plan, int tensors, const Limits& limits) {
@@ -153,15 +169,9 @@ bool keep_chunks(Plan& plan, int tensors, const Limits& limits) {
         plan.stages();
     if (stage < access_bytes * plan.threads * tensors) return false;
     // Some items for each block, but no more of one group than there are blocks, if that can be.
-    const std::int64_t target =
-        std::min(stage, std::max({fewest_bytes * tensors, group * plan.groups / (4 * blocks),
-                                  divide_up(group, blocks)}));
-    std::int64_t wanted = divide_up(group, target);
-    for (; wanted <= 2 * divide_up(group, target) + 8; ++wanted) {
-      cut(plan, wanted);
-      if (kept_bytes(plan, tensors) <= stage) break;
-    }
-    if (kept_bytes(plan, tensors) > stage) continue;
+    const std::int64_t target = std::max(
+        {fewest_bytes * tensors, group * plan.groups / (4 * blocks), divide_up(group, blocks)});
+    cut_to(plan, tensors, std::min(target, stage), stage);
     // The items of a group are in so many steps and one more, its columns are added up in the one
     // after that, at the latest.
     if (divide_up(plan.chunks, blocks) + 1 > plan.lag) continue;
