@@ -71,7 +71,8 @@ void sum_and_write(const Place& place, const Plan& plan, const Op& op, const Mee
   if (plan.reads == Reads::once) {
     const std::int64_t most =
         std::int64_t{plan.blocks_per_multiprocessor} * limits_of(place.device).multiprocessors;
-    start<keep_items<S, Op, layout, plain, fast>>(
+    // Groups of columns are small: one kernel does for every fusion.
+    start<keep_items<S, Op, layout, plain && layout == Layout::rows, fast>>(
         place, std::min(plan.items(), most), plan.threads,
         static_cast<std::size_t>(plan.shared_bytes + bytes_beside(plan)), plan.chunks > 1, op, plan,
         meeting);
@@ -85,17 +86,20 @@ void sum_and_write(const Place& place, const Plan& plan, const Op& op, const Mee
   write_only<S, Op, layout, plain, fast>(place, plan, op);
 }
 
-// Calls body(layout, plain, fast).
-template <class Body>
+// Calls body(layout, plain, fast). Of float64, which nobody is in a hurry with, there is one kind.
+template <class S, class Body>
 void with_kind(const Plan& plan, bool plain, bool wide, Body body) {
   const auto with = [&](auto layout) {
     const auto and_plain = [&](auto is_plain) {
-      if (plan.whole && wide)
-        body(layout, is_plain, std::true_type());
+      if (plan.whole && wide && sizeof(S) < 8)
+        body(layout, is_plain, std::bool_constant<(sizeof(S) < 8)>());
       else
         body(layout, is_plain, std::false_type());
     };
-    plain ? and_plain(std::true_type()) : and_plain(std::false_type());
+    if (plain && sizeof(S) < 8)
+      and_plain(std::bool_constant<(sizeof(S) < 8)>());
+    else
+      and_plain(std::false_type());
   };
   if (plan.layout == Layout::rows)
     with(std::integral_constant<Layout, Layout::rows>());
@@ -155,7 +159,7 @@ void on_device(const BatchNormForwardArgs& args) {
     check(cudaMemsetAsync(args.fusion.passes, 0, static_cast<std::size_t>(passes_bytes(size)),
                           static_cast<cudaStream_t>(args.place.stream)),
           "clearing memory");
-  with_kind(plan, is_plain(args.fusion), op.wide, [&](auto layout, auto plain, auto fast) {
+  with_kind<S>(plan, is_plain(args.fusion), op.wide, [&](auto layout, auto plain, auto fast) {
     sum_and_write<S, Forward<S>, layout(), plain(), fast()>(args.place, plan, op, scratch.meeting);
   });
 }
@@ -173,7 +177,7 @@ void on_device(const BatchNormBackwardArgs& args) {
   op.a.problem = plan.problem;
   note_mask(args.place, op.a.fusion, size, scratch.kept);
   const bool plain_fusion = is_plain(args.fusion, args.grad_residual);
-  with_kind(plan, plain_fusion, op.wide, [&](auto layout, auto plain, auto fast) {
+  with_kind<S>(plan, plain_fusion, op.wide, [&](auto layout, auto plain, auto fast) {
     sum_and_write<S, Backward<S>, layout(), plain(), fast()>(args.place, plan, op, scratch.meeting);
   });
 }
@@ -187,7 +191,7 @@ void on_device(const BatchNormInferenceArgs& args) {
                       args.mean,
                       args.var,
                       aligned({args.x, args.y, args.fusion.residual})};
-  with_kind(plan, is_plain(args.fusion), op.wide, [&](auto layout, auto plain, auto fast) {
+  with_kind<S>(plan, is_plain(args.fusion), op.wide, [&](auto layout, auto plain, auto fast) {
     write_only<S, Forward<S>, layout(), plain(), fast()>(args.place, plan, op);
   });
 }
