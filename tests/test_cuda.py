@@ -301,8 +301,11 @@ LARGE = [
 
 
 @gpu
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-@pytest.mark.parametrize("dtype", [np.float32, HALF_DTYPES[0]], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [(np.float32, None), (np.float32, "relu"), (HALF_DTYPES[0], "silu")],
+    ids=lambda value: dtype_name(value) if isinstance(value, type) else value,
+)
 @pytest.mark.parametrize(("shape", "axis"), LARGE, ids=str)
 def test_large_tensors(shape, axis, dtype, activation):
     x, grad_y = (data(shape, axis, seed=seed).astype(dtype) for seed in (1, 2))
