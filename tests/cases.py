@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,6 +24,17 @@ CUDA = pytest.param("cuda", marks=needs_cuda)
 DTYPES = [np.dtype(name).type for name, parameters in _core.dtypes.items() if name == parameters]
 HALF_DTYPES = [np.dtype(name).type for name in _core.dtypes if np.dtype(name).type not in DTYPES]
 ACTIVATIONS = list(_core.activations)
+
+
+@contextlib.contextmanager
+def using(backend):
+    """With another backend, until the end of the block."""
+    before = _core.backend()
+    _core.set_backend(backend)
+    try:
+        yield
+    finally:
+        _core.set_backend(before)
 
 
 def dtype_name(value):

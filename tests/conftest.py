@@ -1,17 +1,14 @@
 import pytest
 
 import bnext
-from bnext import _core
-from cases import BACKENDS, CUDA
+from cases import BACKENDS, CUDA, using
 
 
 @pytest.fixture(params=[*BACKENDS, CUDA])
 def backend(request):
     """Every backend that this machine can run, one after the other."""
-    before = _core.backend()
-    _core.set_backend(request.param)
-    yield request.param
-    _core.set_backend(before)
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import bnext
 from bnext import _core, _device
 from bnext import functional as F
-from cases import DTYPES, HALF_DTYPES, data, dtype_name, needs_cuda, parameters
+from cases import DTYPES, HALF_DTYPES, data, dtype_name, needs_cuda, parameters, using
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES, ids=dtype_name)
 available = dict(_core.backends())["cuda"]
@@ -119,11 +119,9 @@ def test_device_arrays_give_what_host_arrays_give(dtype, options):
     weight, bias = parameters(shape[axis], dtype)
     if options.pop("residual", False):
         options["residual"] = data(shape, axis, dtype, seed=4)
-    before = _core.backend()
-    _core.set_backend("cuda")
-    y, saved = F.batch_norm_forward(x, weight, bias, generator=bnext.Generator(1), **options)
-    grads = F.batch_norm_backward(g, saved)
-    _core.set_backend(before)
+    with using("cuda"):
+        y, saved = F.batch_norm_forward(x, weight, bias, generator=bnext.Generator(1), **options)
+        grads = F.batch_norm_backward(g, saved)
     on_device = {
         name: to_device(value) if isinstance(value, np.ndarray) else value
         for name, value in options.items()
@@ -312,15 +310,11 @@ def test_large_tensors(shape, axis, dtype, activation):
     weight, bias = parameters(shape[axis], np.float32)
 
     def results(backend):
-        before = _core.backend()
-        _core.set_backend(backend)
-        try:
+        with using(backend):
             y, saved = F.batch_norm_forward(
                 x, weight, bias, channel_axis=axis, activation=activation
             )
             grads = F.batch_norm_backward(grad_y, saved)
-        finally:
-            _core.set_backend(before)
         return y, *saved.moments, grads.x, grads.weight, grads.bias
 
     tolerance = 2e-5 if dtype == np.float32 else 2e-2

@@ -23,6 +23,7 @@ from cases import (
     parameter_dtype,
     parameters,
     shapes,
+    using,
 )
 
 cases = pytest.mark.parametrize("case", SHAPES, ids=name_of)
@@ -160,11 +161,9 @@ def test_same_bits_for_any_number_of_threads(backend, case, dtype, restore_threa
 @each_bits
 def test_same_bits_on_every_backend(case, dtype):
     results = []
-    before = _core.backend()
     for name in BACKENDS:
-        _core.set_backend(name)
-        results.append(everything(case, dtype))
-    _core.set_backend(before)
+        with using(name):
+            results.append(everything(case, dtype))
     assert all(result == results[0] for result in results)
 
 
