@@ -15,8 +15,7 @@ struct Meeting {
   Sums* partials;     // of each item, sums_per_item of them
   unsigned* tickets;  // of each group: 0, and again 0 afterwards
   // Reading once
-  Letter* letters;  // for each column of each group one from each chunk; and then those that say
-                    // the coefficients of each channel
+  Letter* letters;  // of each group, one from each chunk; and then those that say its coefficients
   unsigned launch;  // its number, which no earlier letter bears
 };
 
@@ -247,6 +246,15 @@ template <Layout layout, bool fast>
 using Slots =
     std::conditional_t<layout == Layout::rows, RowSlots<Index<fast>>, ColumnSlots<Index<fast>>>;
 
+struct Item {
+  unsigned group, chunk;
+};
+__device__ inline Item item_numbered(const Plan& plan, unsigned number) {
+  const auto chunks = static_cast<unsigned>(plan.chunks);
+  const unsigned group = number / chunks;
+  return {group, number - group * chunks};
+}
+
 // Calls body(e, column) for the values of an access that have columns of their own in the group.
 template <int count, class Walk, class Body>
 __device__ inline void for_columns(const Walk& walk, Body body) {
@@ -354,24 +362,18 @@ __device__ inline void gather(Sums* scratch, const Plan& plan, const Meeting& me
   fold(scratch, parts, columns);
 }
 
-// The sum over the columns of a channel, number `i` of its group.
-template <class SumOf>
-__device__ inline Sums sum_columns(const Plan& plan, int i, SumOf sum_of) {
-  const auto per = static_cast<int>(plan.per), columns = static_cast<int>(plan.sums_per_item());
-  Sums total{0, 0};
-  for (int replica = 0; replica < columns; replica += static_cast<int>(plan.channel_columns))
-    for (int k = 0; k < per; ++k) total.add(sum_of(replica + i * per + k));
-  return total;
-}
-
 // What follows from the sums of a group's columns, for each of its channels.
 template <class Op>
 __device__ inline void finish_group(typename Op::Coefficients* of_channels, const Op& op,
                                     const Plan& plan, std::int64_t group, const Sums* sums) {
   const std::int64_t first = first_channel(plan, group);
   const int channels = channels_of(plan, group);
+  const auto per = static_cast<int>(plan.per), between = static_cast<int>(plan.channel_columns);
+  const auto columns = static_cast<int>(plan.sums_per_item());
   for (auto i = static_cast<int>(threadIdx.x); i < channels; i += static_cast<int>(blockDim.x)) {
-    const Sums total = sum_columns(plan, i, [&](int column) { return sums[column]; });
+    Sums total{0, 0};
+    for (int replica = 0; replica < columns; replica += between)
+      for (int k = 0; k < per; ++k) total.add(sums[replica + i * per + k]);
     const typename Op::Known known = op.finish(first + i, total);
     if (of_channels != nullptr) of_channels[i] = op.coefficients(first + i, known);
   }
@@ -401,7 +403,7 @@ __global__ void __launch_bounds__(block_threads)
   constexpr int count = columns_of<layout, S>, together = Op::together;
   auto* scratch = reinterpret_cast<Sums*>(shared_memory());
   const auto chunks = static_cast<unsigned>(plan.chunks);
-  const unsigned group = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const auto [group, chunk] = item_numbered(plan, blockIdx.x);
   Slots<layout, fast> walk(plan, threadIdx.x, blockDim.x);
   walk.start(group, chunk);
   Each<typename Op::Center, count> centers;
@@ -447,9 +449,7 @@ __global__ void __launch_bounds__(block_threads)
   constexpr int count = columns_of<layout, S>, together = Op::together;
   using Coefficients = typename Op::Coefficients;
   auto* of_channels = reinterpret_cast<Coefficients*>(shared_memory());
-  const auto chunks = static_cast<unsigned>(plan.chunks);
-  const unsigned item = gridDim.x - 1 - blockIdx.x;
-  const unsigned group = item / chunks, chunk = item % chunks;
+  const auto [group, chunk] = item_numbered(plan, gridDim.x - 1 - blockIdx.x);
   recall_group(of_channels, op, plan, group);
   Slots<layout, fast> walk(plan, threadIdx.x, blockDim.x);
   walk.start(group, chunk);
@@ -474,13 +474,15 @@ __global__ void __launch_bounds__(block_threads)
 // -- one launch -----------------------------------------------------------------------------------
 
 // Items of a block follow each other in steps: while some are on their way into shared memory, one
-// is summed, and one of `lag` steps ago is written. Where groups have several chunks, blocks send
-// each other letters: the sums of an item to the one that finishes the channel, and the
-// coefficients of the channel to all. In each step a block sums before it waits, finishes channels
+// is summed, and one of `lag` steps ago is written. Where channels have several chunks, blocks send
+// each other letters: the sums of an item to the one that has the last of the channel and finishes
+// it, and its coefficients to all. In each step a block sums before it waits, finishes the channel
 // of the item before, and then writes: what it waits for is made in an earlier step of another
 // block, or in the same one without waiting, if all blocks run at the same time and `lag` is long
 // enough; see keep_chunks.
 template <class S, class Op, Layout layout, bool plain, bool fast>
+// (What is known of columns does not fit into the registers that two blocks of them leave a
+// thread.)
 __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
                                   layout == Layout::rows ? keeping_blocks(layout, Op::tensors) : 1)
     keep_items(const __grid_constant__ Op op, const __grid_constant__ Plan plan,
@@ -488,6 +490,8 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
   constexpr int count = columns_of<layout, S>;
   using Coefficients = typename Op::Coefficients;
   constexpr int pages = letters_for<Coefficients>;
+  static_assert(sizeof(Coefficients) <= (sizeof(typename Op::T) == 8 ? 64 : 32),
+                "see most_coefficients");
   auto* kept = reinterpret_cast<Stored<S>*>(shared_memory());
   auto* scratch = reinterpret_cast<Sums*>(shared_memory() + plan.shared_bytes);
   Sums* const totals = scratch + scratch_sums(plan) - plan.sums_per_item();
@@ -499,7 +503,8 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
   const auto items = static_cast<unsigned>(plan.items());
   const auto thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int stages = plan.stages();
-  Letter* const of_coefficients = meeting.letters + std::int64_t{items} * columns;
+  const bool meets = layout == Layout::rows && chunks > 1;
+  Letter* const of_coefficients = meeting.letters + items;
 
   // An item of this block, and where it is kept.
   struct Step {
@@ -526,8 +531,8 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
     return walk;
   };
 
-  const unsigned first_group = blockIdx.x / chunks;
-  const Step first{blockIdx.x, first_group, blockIdx.x - first_group * chunks, 0};
+  const Item first_item = item_numbered(plan, blockIdx.x);
+  const Step first{blockIdx.x, first_item.group, first_item.chunk, 0};
   Step fetching = first, summing = first, writing = first;
   const auto bring = [&] {
     begin_fetches();
@@ -555,17 +560,15 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
   center(first);
   for (int step = 0;; ++step) {
     bring();
+    if (step > plan.lag) advance(writing);
     // The coefficients of a channel, which have probably come; they are read further below.
     Letter coming[pages];
-    const Letter* from_finisher = nullptr;
-    if (chunks > 1 && step >= plan.lag) {
-      if (step > plan.lag) advance(writing);
-      if (writing.item < items && writing.group != recalled &&
-          thread < channels_of(plan, writing.group)) {
-        from_finisher = of_coefficients + (first_channel(plan, writing.group) + thread) * pages;
+    const Letter* const from_finisher = of_coefficients + std::int64_t{writing.group} * pages;
+    const bool expects = meets && step >= plan.lag && thread == 0 && writing.item < items &&
+                         writing.group != recalled;
+    if (expects) {
 #pragma unroll
-        for (int k = 0; k < pages; ++k) coming[k] = look_at(from_finisher + k);
-      }
+      for (int k = 0; k < pages; ++k) coming[k] = look_at(from_finisher + k);
     }
     wait_for_fetches(plan.ahead);
     const Step before = summing;
@@ -585,47 +588,32 @@ __global__ void __launch_bounds__(keeping_threads(layout, Op::tensors),
       center(next);
       Sums* const in_turns = scratch + step % 2 * (threads / warp_threads * columns);
       fold_item(in_turns, plan, walk, sums, [&](int column, const Sums& total) {
-        if (chunks == 1)
-          totals[column] = total;
+        if (meets)
+          post(meeting.letters + summing.item, total, meeting.launch);
         else
-          post(meeting.letters + (std::int64_t{summing.group} * columns + column) * chunks +
-                   summing.chunk,
-               total, meeting.launch);
+          totals[column] = total;
       });
     }
-    if (chunks > 1 && step > 0 && before.item < items) {
-      // The last items of a group, of a block each, share its channels, a warp for each.
-      const int warp = thread / warp_threads, lane = thread % warp_threads;
+    if (meets && step > 0 && before.item < items && before.chunk == chunks - 1 &&
+        thread < warp_threads) {
       const auto all = static_cast<int>(chunks);
-      const int finishers = min(all, static_cast<int>(gridDim.x));
-      const int finisher = all - 1 - static_cast<int>(before.chunk);
-      if (finisher < finishers)
-        for (int i = finisher + warp * finishers; i < channels_of(plan, before.group);
-             i += threads / warp_threads * finishers) {
-          const Sums mine = sum_columns(plan, i, [&](int column) {
-            return receive_all(
-                meeting.letters + (std::int64_t{before.group} * columns + column) * all + lane,
-                (all - lane + warp_threads - 1) / warp_threads, warp_threads, meeting.launch);
-          });
-          const Sums total = warp_sum(mine, 1);
-          if (lane == 0) {
-            const std::int64_t c = first_channel(plan, before.group) + i;
-            post(of_coefficients + c * pages, op.coefficients(c, op.finish(c, total)),
-                 meeting.launch);
-          }
-        }
+      const Letter* const from = meeting.letters + (before.item - before.chunk) + thread;
+      const int mine = (all - thread + warp_threads - 1) / warp_threads;
+      const Sums total = warp_sum(receive_all(from, mine, warp_threads, meeting.launch), 1);
+      if (thread == 0) {
+        const std::int64_t c = before.group;
+        post(of_coefficients + c * pages, op.coefficients(c, op.finish(c, total)), meeting.launch);
+      }
     }
     if (step < plan.lag) continue;
 
-    if (chunks == 1 && step > plan.lag) advance(writing);
     if (writing.item >= items) break;
     const auto walk = walk_of(writing);
     if (writing.group != recalled) {
       of_channels = of_channels == all_coefficients ? all_coefficients + plan.group_channels
                                                     : all_coefficients;
-      if (chunks > 1) {
-        if (from_finisher != nullptr)
-          of_channels[thread] = receive<Coefficients>(from_finisher, coming, meeting.launch);
+      if (meets) {
+        if (expects) *of_channels = receive<Coefficients>(from_finisher, coming, meeting.launch);
       } else {
         if (columns > 1) __syncthreads();  // a thread that is alone has what it needs
         finish_group(of_channels, op, plan, writing.group, totals);

@@ -127,35 +127,39 @@ __device__ inline Stored<S> load(const S* array, const At& slot, std::int64_t si
   return result;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// Two at a time, the first in the lower half.
+__device__ inline void narrow_two(bfloat16* to, float first, float second) {
+  unsigned both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  memcpy(to, &both, sizeof both);
+}
+__device__ inline void narrow_two(float16* to, float first, float second) {
+  unsigned both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  memcpy(to, &both, sizeof both);
+}
+#else
+template <class S>
+__device__ inline void narrow_two(S* to, float first, float second) {
+  to[0] = narrow<S>(first);
+  to[1] = narrow<S>(second);
+}
+#endif
 template <class S>
 __device__ inline void narrow(Stored<S>& to, const Compute<S> (&values)[width_of<S>]) {
 #pragma unroll
-  for (int e = 0; e < width_of<S>; ++e) to.value[e] = narrow<S>(values[e]);
+  for (int e = 0; e < width_of<S>; e += 2)
+    if constexpr (sizeof(S) == 2) {
+      narrow_two(to.value + e, values[e], values[e + 1]);
+    } else {
+      to.value[e] = values[e];
+      to.value[e + 1] = values[e + 1];
+    }
 }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-// Two at a time.
-template <>
-__device__ inline void narrow<bfloat16>(Stored<bfloat16>& to, const float (&values)[8]) {
-#pragma unroll
-  for (int e = 0; e < 8; e += 2) {
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(values[e + 1]), "f"(values[e]));
-    memcpy(&to.value[e], &both, sizeof both);
-  }
-}
-template <>
-__device__ inline void narrow<float16>(Stored<float16>& to, const float (&values)[8]) {
-#pragma unroll
-  for (int e = 0; e < 8; e += 2) {
-    unsigned both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(values[e + 1]), "f"(values[e]));
-    memcpy(&to.value[e], &both, sizeof both);
-  }
-}
-#endif
 
 // Brings an access into shared memory, for the same thread. Accesses are there after commit_fetches
-// and wait_for_fetches(n), when at most the last n commits are still on their way.
+// and wait_for_fetches(n), when at most the last n commits, 0 or 1, are still on their way.
 template <class S, class At>
 __device__ inline void fetch(Stored<S>* to, const S* array, const At& slot, std::int64_t size,
                              bool wide) {
@@ -182,16 +186,10 @@ __device__ inline void commit_fetches() {
 }
 __device__ inline void wait_for_fetches(int but) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  switch (but) {
-    case 0:
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-      break;
-    case 1:
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-      break;
-    default:
-      asm volatile("cp.async.wait_group 2;" ::: "memory");
-  }
+  if (but == 0)
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  else
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
 #else
   (void)but;
 #endif

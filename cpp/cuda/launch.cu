@@ -90,16 +90,17 @@ void sum_and_write(const Place& place, const Plan& plan, const Op& op, const Mee
 template <class S, class Body>
 void with_kind(const Plan& plan, bool plain, bool wide, Body body) {
   const auto with = [&](auto layout) {
-    const auto and_plain = [&](auto is_plain) {
-      if (plan.whole && wide && sizeof(S) < 8)
-        body(layout, is_plain, std::bool_constant<(sizeof(S) < 8)>());
+    constexpr std::false_type no;
+    if constexpr (sizeof(S) == 8) {
+      body(layout, no, no);
+    } else {
+      constexpr std::true_type yes;
+      const bool fast = plan.whole && wide;
+      if (plain)
+        fast ? body(layout, yes, yes) : body(layout, yes, no);
       else
-        body(layout, is_plain, std::false_type());
-    };
-    if (plain && sizeof(S) < 8)
-      and_plain(std::bool_constant<(sizeof(S) < 8)>());
-    else
-      and_plain(std::false_type());
+        fast ? body(layout, no, yes) : body(layout, no, no);
+    }
   };
   if (plan.layout == Layout::rows)
     with(std::integral_constant<Layout, Layout::rows>());

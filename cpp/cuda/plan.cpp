@@ -17,7 +17,6 @@ constexpr std::int64_t most_chunks = 512;     // more only cost time to merge
 constexpr std::int64_t whole_bytes = 50 << 10;   // of a group that one block takes whole
 constexpr std::int64_t whole_anyway = 32 << 10;  // the same, however few groups there are
 constexpr std::int64_t fewest_bytes = 4 << 10;   // of a chunk of a group
-constexpr int most_resident_threads = 512;       // of a multiprocessor, by their registers
 constexpr std::int64_t reserve = 1 << 10;        // shared bytes that each block takes besides
 constexpr int ahead_of_sums = 1, least_lag = 2, most_lag = 12;
 
@@ -53,10 +52,11 @@ void lay_columns(Plan& plan) {
       plan.vector / std::gcd<std::int64_t>(plan.vector, plan.channel_columns);
   const std::int64_t replicas =
       std::min(widest / plan.channel_columns, positions) / period * period;
-  plan.width = plan.channel_columns * std::max<std::int64_t>(1, replicas);
-  plan.rows = divide_up(positions, std::max<std::int64_t>(1, replicas));
-  plan.phases = replicas > 0 ? 1 : static_cast<int>(period);
-  if (replicas > 0) {
+  const bool narrow = replicas > 0;
+  plan.width = narrow ? plan.channel_columns * replicas : plan.channel_columns;
+  plan.rows = narrow ? divide_up(positions, replicas) : positions;
+  plan.phases = narrow ? 1 : static_cast<int>(period);
+  if (narrow) {
     plan.groups = 1;
     plan.group_channels = p.c;
     plan.tile_columns = plan.width;
@@ -65,8 +65,8 @@ void lay_columns(Plan& plan) {
     const std::int64_t whole =
         plan.phases == 1 ? std::lcm<std::int64_t>(plan.vector, plan.per) : plan.per;
     const std::int64_t unit = whole <= widest ? whole : plan.per;
-    const bool aligned = plan.phases == 1 && unit % plan.vector == 0;
-    const std::int64_t most = aligned ? widest : widest - plan.vector + 1;
+    const std::int64_t most =
+        plan.phases == 1 && unit % plan.vector == 0 ? widest : widest - plan.vector + 1;
     const std::int64_t tiles = divide_up(plan.channel_columns, most / unit * unit);
     plan.tile_columns = round_up(divide_up(plan.channel_columns, tiles), unit);
     plan.groups = divide_up(plan.channel_columns, plan.tile_columns);
@@ -75,8 +75,7 @@ void lay_columns(Plan& plan) {
   const bool aligned = plan.phases == 1 && plan.tile_columns % plan.vector == 0;
   const std::int64_t accesses = aligned ? plan.tile_columns / plan.vector
                                         : (plan.tile_columns + plan.vector - 2) / plan.vector + 1;
-  plan.whole = plan.phases == 1 && plan.tile_columns % plan.vector == 0 &&
-               plan.width % plan.vector == 0 && plan.rows * plan.width == p.size() && is_counted(p);
+  plan.whole = aligned && plan.rows * plan.width == p.size() && is_counted(p);
   plan.across = 1;
   while (plan.across < accesses) plan.across *= 2;
 }
@@ -129,7 +128,7 @@ bool keep_whole(Plan& plan, int tensors, const Limits& limits) {
     plan.shared_bytes = bytes * (plan.ahead + 1);
     const std::int64_t fitting = std::min<std::int64_t>(
         (limits.shared_bytes + reserve) / (plan.shared_bytes + bytes_beside(plan) + reserve),
-        most_resident_threads / plan.threads);
+        keeping_blocks(plan.layout, tensors));
     plan.blocks_per_multiprocessor = static_cast<int>(std::min(fitting, needed));
     // To look ahead, some must follow.
     if (fitting > 0 && (plan.ahead == 0 || needed > fitting)) return true;
@@ -172,8 +171,8 @@ bool keep_chunks(Plan& plan, int tensors, const Limits& limits) {
     const std::int64_t target = std::max(
         {fewest_bytes * tensors, group * plan.groups / (4 * blocks), divide_up(group, blocks)});
     cut_to(plan, tensors, std::min(target, stage), stage);
-    // The items of a group are in so many steps and one more, its columns are added up in the one
-    // after that, at the latest.
+    // The items of a group are in so many steps and one more, and it is finished in the one after
+    // that, at the latest.
     if (divide_up(plan.chunks, blocks) + 1 > plan.lag) continue;
     plan.shared_bytes = kept_bytes(plan, tensors) * plan.stages();
     return true;
@@ -212,8 +211,7 @@ Plan make_plan(const Problem& problem, int item, int tensors, bool summed, const
   }
   if (summed && plan.chunks > 1) {
     if (plan.reads == Reads::once) {
-      plan.letters = plan.items() * plan.sums_per_item() +
-                     plan.groups * plan.group_channels * most_coefficients(plan) / letter_bytes;
+      plan.letters = plan.items() + plan.groups * most_coefficients(plan) / letter_bytes;
     } else {
       plan.partials = plan.items() * plan.sums_per_item();
       plan.tickets = plan.groups;

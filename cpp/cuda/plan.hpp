@@ -71,7 +71,7 @@ struct Plan {
   int phases;  // rows after which one begins at the same place of an access again, a power of two
   // once
   int blocks_per_multiprocessor;
-  int ahead;                  // items that are on their way; 0 to 2
+  int ahead;                  // items that are on their way; 0 or 1
   int lag;                    // items between the sums of one and its results
   std::int64_t places;        // slots of an item, those of all threads
   std::int64_t shared_bytes;  // for the values of ahead + lag + 1 items

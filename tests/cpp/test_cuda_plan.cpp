@@ -112,7 +112,7 @@ void check_plan(const Problem& p, bool covered) {
         check(plan.reads == Reads::twice || plan.chunks == 1 ||
                   plan.chunks <= (plan.lag - 1) * together * limits.multiprocessors,
               "chunks that wait for each other");
-        check(plan.ahead <= 2, "fetches that can be waited for");
+        check(plan.ahead <= 1, "fetches that can be waited for");
         check(plan.partials * 16 + plan.tickets * 4 + plan.letters * 32 <= most_workspace,
               "workspace");
         check(plan.items() < (std::int64_t{1} << 31), "blocks");
