@@ -123,22 +123,15 @@ def philox4x32_10(counter, key):
 
 def dropout_bits(size, seed, offset):
     """The 32 random bits of each of `size` elements, as cpp/core/philox.hpp lays them out."""
-    element = np.arange(size, dtype=np.uint64)
-    span, e = np.divmod(element, np.uint64(128))
-    half, rest = np.divmod(e, np.uint64(64))
-    word, lane = np.divmod(rest, np.uint64(16))
-    block = span * np.uint64(16) + lane
+    word, bit = np.divmod(np.arange(size, dtype=np.uint64), np.uint64(32))
     key = (seed & 0xFFFFFFFF, seed >> 32)
-
-    def draw(second):
-        top = (block >> np.uint64(32)) | np.uint64(second << 31)
-        low = np.full_like(block, offset & 0xFFFFFFFF)
-        high = np.full_like(block, offset >> 32)
-        words = np.stack(philox4x32_10((block & np.uint64(0xFFFFFFFF), top, low, high), key))
-        mine = np.take_along_axis(words, word[None].astype(np.int64), 0)[0]
-        return (mine >> (half * np.uint64(16))) & np.uint64(0xFFFF)
-
-    return draw(0) << np.uint64(16) | draw(1)
+    low, high = np.full_like(word, offset & 0xFFFFFFFF), np.full_like(word, offset >> 32)
+    number = np.zeros_like(word)
+    for draw in range(8):
+        top = (word >> np.uint64(32)) | np.uint64(draw << 29)
+        for random in philox4x32_10((word & np.uint64(0xFFFFFFFF), top, low, high), key):
+            number = number << np.uint64(1) | (random >> bit & np.uint64(1))
+    return number
 
 
 def dropout(x, p, seed, offset):

@@ -33,12 +33,12 @@ def test_known_answers(counter, key, answer):
 @pytest.mark.parametrize(
     ("dtype", "p"),
     [
-        *itertools.product(DTYPES, [0.1, 0.5, 1 / 3, 0.999]),
+        *itertools.product(DTYPES, [0.1, 0.5, 1 / 3, 0.999, 2**-32, 1 - 2**-32]),
         *itertools.product(HALF_DTYPES, [1 / 3]),
     ],
     ids=dtype_name,
 )
-@pytest.mark.parametrize("size", [1, 15, 63, 64, 65, 127, 128, 129, 1000, 32768, 32769, 200_001])
+@pytest.mark.parametrize("size", [1, 15, 31, 32, 33, 128, 129, 511, 2049, 32768, 32769, 200_001])
 def test_equals_the_reference(backend, dtype, size, p):
     x = np.random.default_rng(0).normal(size=size).astype(dtype)
     y, saved = F.dropout_forward(x, p, generator=bnext.Generator(size))
@@ -59,17 +59,30 @@ def test_seed_and_offset_use_all_their_bits(backend, seed, offset):
     assert generator.state == {"seed": seed, "offset": offset + 1}
 
 
-def test_thresholds_between_sixteen_bit_steps(backend):
-    """Where the upper 16 bits tie, the second draw decides: exact to 2^-32."""
+@pytest.mark.parametrize("bits", range(1, 33))
+def test_every_number_of_bits_that_a_threshold_can_have(backend, bits):
+    """A draw decides by four of them, and what is undecided takes another."""
+    size = 50_000
+    numbers = reference.dropout_bits(size, 7, 0)
+    for threshold in (1 << (32 - bits), int(numbers[0]) >> (32 - bits) << (32 - bits) | 1):
+        y, _ = F.dropout_forward(
+            np.ones(size, np.float32), threshold / 2**32, generator=bnext.Generator(7)
+        )
+        assert np.array_equal(y == 0, numbers < np.uint64(threshold))
+
+
+def test_thresholds_that_a_number_equals(backend):
+    """All 32 bits count: the probability is exact to 2^-32."""
     x = np.ones(1 << 20, np.float32)
     bits = reference.dropout_bits(x.size, 7, 0)
-    tie = int(bits[12345])
-    for threshold in (tie, tie + 1):  # the element is kept at tie, dropped at tie + 1
+    equal = int(bits[12345])
+    for threshold in (equal, equal + 1):  # the element is kept at `equal`, dropped at equal + 1
         y, _ = F.dropout_forward(x, threshold / 2**32, generator=bnext.Generator(7))
         assert np.array_equal(y == 0, bits < np.uint64(threshold))
-    y0, _ = F.dropout_forward(x, tie / 2**32, generator=bnext.Generator(7))
-    y1, _ = F.dropout_forward(x, (tie + 1) / 2**32, generator=bnext.Generator(7))
-    assert np.flatnonzero((y0 == 0) != (y1 == 0)).tolist() == np.flatnonzero(bits == tie).tolist()
+    y0, _ = F.dropout_forward(x, equal / 2**32, generator=bnext.Generator(7))
+    y1, _ = F.dropout_forward(x, (equal + 1) / 2**32, generator=bnext.Generator(7))
+    different = np.flatnonzero((y0 == 0) != (y1 == 0)).tolist()
+    assert different == np.flatnonzero(bits == equal).tolist()
 
 
 @pytest.mark.parametrize("p", [1e-3, 0.1, 0.5, 0.9])
@@ -79,7 +92,7 @@ def test_share_and_independence(p):
     y, _ = F.dropout_forward(np.ones(size, np.float32), p, generator=bnext.Generator(3))
     dropped = y == 0
     assert abs(dropped.sum() - p * size) < 5 * np.sqrt(size * p * (1 - p))
-    for distance in (1, 2, 16, 64, 128, 1024):
+    for distance in (1, 2, 16, 31, 32, 64, 128, 1024):
         both = np.count_nonzero(dropped[distance:] & dropped[:-distance])
         expected, count = p * p, size - distance
         assert abs(both - expected * count) < 5 * np.sqrt(count * expected) + 1

@@ -138,19 +138,19 @@ def test_shared_axes_in_three_groups():
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**64 - 1])
 @pytest.mark.parametrize("offset", [0, 2**64 - 1])
-@pytest.mark.parametrize("p", [0.1, 0.5, 1 / 3])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1 / 3, 1])
 def test_mask_is_the_definition(seed, offset, p):
-    for size in (1, 15, 127, 128, 129, 10_000):
+    for size in (1, 31, 32, 33, 128, 10_000):
         kept = F.dropout_mask(seed, offset, (size,), p)
         bits = reference.dropout_bits(size, seed, offset)
         assert kept.dtype == bool
         assert np.array_equal(kept, bits >= np.uint64(round(p * 2**32)))
 
 
-def test_mask_where_sixteen_bits_tie():
+def test_mask_where_a_number_equals_the_threshold():
     bits = reference.dropout_bits(1 << 17, 7, 0)
-    tie = int(bits[12345])
-    for threshold in (tie, tie + 1):
+    equal = int(bits[12345])
+    for threshold in (equal, equal + 1):
         kept = F.dropout_mask(7, 0, bits.shape, threshold / 2**32)
         assert np.array_equal(kept, bits >= np.uint64(threshold))
 

@@ -42,9 +42,10 @@ enum class Kind { forward, backward, inference, dropout };
 // An operation of one kind and what is fused with it.
 struct Op {
   Kind kind;
-  bool residual = false, relu = false, dropout = false;
+  bool residual = false, relu = false;
+  double dropout = 0;  // probability
 
-  std::string name() const;
+  std::string name() const;  // with the probability where that is not 0.5
   bool training() const { return kind == Kind::forward || kind == Kind::backward; }
   // Arrays of the size of x that have to be read and written. With a residual, one bit an element
   // passes from forward to backward, which is not counted.

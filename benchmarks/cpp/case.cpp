@@ -43,10 +43,11 @@ std::string name_of(bnext::DType dtype) {
 
 std::string Op::name() const {
   std::string text = kind_names[static_cast<int>(kind)];
-  if (kind == Kind::dropout) return text;
+  const std::string p = dropout == 0.5 ? "" : " " + std::to_string(dropout).substr(0, 3);
+  if (kind == Kind::dropout) return text + p;
   if (residual) text += " residual";
   if (relu) text += " relu";
-  if (dropout) text += " dropout";
+  if (dropout > 0) text += " dropout" + p;
   return text;
 }
 

@@ -10,8 +10,6 @@
 namespace bench {
 namespace {
 
-constexpr double probability = 0.5;  // of dropout
-
 // An operation with all its arguments. Its arrays keep what they have until it runs.
 class Bnext {
  public:
@@ -23,7 +21,6 @@ class Bnext {
     const auto row = [&](Tensor& t) { return bnext::Array(t.data(), t.dtype(), {k.c}); };
     const auto activation = op.relu ? bnext::Activation::relu : bnext::Activation::none;
     const int axis = a.channels_last ? -1 : 1;
-    const double dropout = op.dropout ? probability : 0;
     for (auto* statistic : {&mean_, &var_, &inv_std_})
       statistic->resize(static_cast<std::size_t>(k.c));
 
@@ -32,7 +29,7 @@ class Bnext {
     forward_.bias = row(a.bias);
     forward_.channel_axis = axis;
     forward_.activation = activation;
-    forward_.dropout = dropout;
+    forward_.dropout = op.dropout;
     forward_.draw = draw_;
     forward_.y = data(a.out);
     forward_.mean = {mean_.data(), {k.c}};
@@ -47,7 +44,7 @@ class Bnext {
     backward_.inv_std = forward_.inv_std;
     backward_.channel_axis = axis;
     backward_.activation = activation;
-    backward_.dropout = dropout;
+    backward_.dropout = op.dropout;
     backward_.draw = draw_;
     backward_.grad_x = forward_.y;
     backward_.grad_weight = row(a.grad_weight);
@@ -63,7 +60,7 @@ class Bnext {
     inference_.y = forward_.y;
 
     dropout_.x = forward_.x;
-    dropout_.p = probability;
+    dropout_.p = op.dropout;
     dropout_.y = forward_.y;
 
     if (op.residual) {
@@ -85,7 +82,7 @@ class Bnext {
   // Which elements dropout has kept in the last run.
   std::vector<std::uint8_t> kept(std::int64_t size) const {
     std::vector<std::uint8_t> mask(static_cast<std::size_t>(size));
-    bnext::dropout_mask(op_.dropout ? probability : 0, draw_, 0, size, mask.data());
+    bnext::dropout_mask(op_.dropout, draw_, 0, size, mask.data());
     return mask;
   }
 
@@ -108,9 +105,10 @@ void check_result(const Op& op, const Arrays& a, const std::vector<std::uint8_t>
     throw std::runtime_error(k.name + ": " + op.name() + ": " + what);
   };
   const auto size = static_cast<double>(k.size());
-  if (op.dropout) {
+  if (op.dropout > 0) {
     const auto share = static_cast<double>(std::count(kept.begin(), kept.end(), 1)) / size;
-    if (std::abs(share - probability) > 4 * std::sqrt(0.25 / size)) fail("wrong share of zeros");
+    if (std::abs(share - (1 - op.dropout)) > 4 * std::sqrt(0.25 / size))
+      fail("wrong share of zeros");
   }
   const double tolerance = rounding(a.dtype) + (a.dtype == bnext::DType::float64 ? 1e-10 : 2e-5);
   const auto compare = [&](double got, double expected, std::int64_t c) {
@@ -137,7 +135,7 @@ void check_result(const Op& op, const Arrays& a, const std::vector<std::uint8_t>
       n[i] = (x - mean) * r;
       z[i] = op.kind == Kind::dropout ? x : n[i] * weight + a.bias[c] + (op.residual ? other : 0);
       factor[i] = kept[static_cast<std::size_t>(at[i])];
-      if (op.dropout) factor[i] /= 1 - probability;
+      if (op.dropout > 0) factor[i] /= 1 - op.dropout;
       grad[i] = op.relu && z[i] <= 0 ? 0 : factor[i] * other;
       mean_g += grad[i] / count;
       mean_gn += grad[i] * n[i] / count;

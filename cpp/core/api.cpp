@@ -369,39 +369,20 @@ void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::in
   const Check check("dropout_mask", {});
   check_probability(check, "p", p);
   if (first < 0 || count < 0) check.fail("shape", "expected no negative extent");
-  constexpr std::int64_t spans_per_task = 64, span = MaskLayout::span;
-  const std::int64_t end = first + count, first_span = first / span;
-  const std::int64_t spans = (end + span - 1) / span - first_span;
+  constexpr std::int64_t words_per_task = 256;
+  const std::int64_t end = first + count, first_word = first / mask_word_size;
+  const std::int64_t words = (end + mask_word_size - 1) / mask_word_size - first_word;
   const std::uint64_t threshold = mask_draw(p, draw).threshold;
-  const auto upper = static_cast<std::uint32_t>(threshold >> 16);
-  const auto lower = static_cast<std::uint32_t>(threshold & 0xFFFFu);
-  const std::uint32_t least = upper + (lower > 0 ? 1 : 0);
-  parallel_for((spans + spans_per_task - 1) / spans_per_task, count, [&](std::int64_t task) {
-    const std::int64_t begin = first_span + task * spans_per_task;
-    const std::int64_t stop = std::min(begin + spans_per_task, first_span + spans);
+  parallel_for((words + words_per_task - 1) / words_per_task, count, [&](std::int64_t task) {
+    const std::int64_t begin = first_word + task * words_per_task;
+    const std::int64_t stop = std::min(begin + words_per_task, first_word + words);
     for (std::int64_t number = begin; number < stop; ++number) {
-      constexpr int lanes = MaskLayout::lanes;
-      std::uint32_t words[4][lanes], bits[span];
-      mask_blocks(draw.seed, draw.offset, static_cast<std::uint64_t>(number) * lanes, words);
-      for (int e = 0; e < span / 2; ++e) {
-        const std::uint32_t word = words[e / lanes][e % lanes];
-        bits[e] = word & 0xFFFFu;
-        bits[span / 2 + e] = word >> 16;
-      }
-      const std::int64_t begun = std::max(first, number * span) - number * span;
-      const std::int64_t ended = std::min(end, (number + 1) * span) - number * span;
-      std::uint8_t* const to = kept + (number * span - first);
-      bool tie = false;
-      for (std::int64_t e = begun; e < ended; ++e) {
-        to[e] = bits[e] >= least;
-        tie |= bits[e] == upper;
-      }
-      if (!tie || lower == 0) continue;
-      // Where the upper bits are those of the threshold, the second draw decides.
-      for (std::int64_t e = begun; e < ended; ++e)
-        if (bits[e] == upper)
-          to[e] = mask_half(draw.seed, draw.offset, static_cast<std::uint64_t>(number * span + e),
-                            true) >= lower;
+      const std::uint32_t word =
+          mask_word(draw.seed, draw.offset, threshold, static_cast<std::uint64_t>(number));
+      const std::int64_t start = number * mask_word_size;
+      const std::int64_t last = std::min(end, start + mask_word_size);
+      for (std::int64_t e = std::max(first, start); e < last; ++e)
+        kept[e - first] = word >> (e - start) & 1u;
     }
   });
 }

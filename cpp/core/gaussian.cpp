@@ -69,7 +69,7 @@ inline void normals(std::uint32_t radius_word, std::uint32_t angle_word, float* 
 
 void make_span(const DropoutDraw& draw, std::int64_t number, float* z) {
   std::uint32_t word[4][lanes];
-  mask_blocks(draw.seed, draw.offset, static_cast<std::uint64_t>(number) * lanes, word);
+  neighbour_blocks(draw.seed, draw.offset, static_cast<std::uint64_t>(number) * lanes, word);
   for (int w = 0; w < 4; w += 2)
     for (int lane = 0; lane < lanes; ++lane)
       normals(word[w][lane], word[w + 1][lane], z + w * lanes + lane, z + (w + 1) * lanes + lane);

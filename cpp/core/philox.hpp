@@ -1,4 +1,4 @@
-// Philox4x32-10 and the random bits of a dropout mask, for host and device.
+// Philox4x32-10 and the masks of dropout, for host and device.
 #pragma once
 
 #include <cstdint>
@@ -29,33 +29,60 @@ BNEXT_HD static inline PhiloxBlock philox(std::uint32_t c0, std::uint32_t c1, st
   return {{c0, c1, c2, c3}};
 }
 
-// How a mask is laid out. A span of 128 elements uses 16 consecutive Philox blocks; element e of
-// the span is half h = e / 64, word w = e / 16 % 4, lane l = e % 16: it owns 16 bits (the low half
-// of the word for h = 0, the high one for h = 1) of word w of block 16 span + l. Neighbours thus
-// come from neighbouring blocks, which is what vector units and GPU warps compute side by side.
+// The random bits of a mask. Word w of a mask is elements 32 w to 32 w + 31, bit b of it element
+// 32 w + b. Each element has a number of 32 random bits, and is dropped where that is below the
+// threshold, p 2^32. Bit b of the 32 words of eight Philox blocks, which are the draws 0 to 7 for
+// word w, is that number, its highest bit first.
 //
-// These 16 bits are the upper half of the element's 32 random bits. The lower half only matters
-// where the upper one equals that of the threshold (one element in 65,536), so it comes from a
-// second draw that is made only then, with the top bit of the block number set: half the
-// multiplications, and the keep probability is still exact to 2^-32.
-struct MaskLayout {
-  static constexpr int lanes = 16;
-  static constexpr int span = 128;
-};
+// Numbers are compared from the highest bit down, those of all elements of a word at once, and most
+// are decided soon: a draw, four bits, decides 15 of 16 elements for good. So a word takes two
+// draws, one word in nine a third; where the threshold has no more than four bits, as for p = 0.5
+// and 0.25, one. That is an eighth to a quarter of a word of random bits for each element, and the
+// keep probability is still exact to 2^-32.
+constexpr int mask_word_size = 32;
+constexpr int mask_draw_bits = 4;
 
-// Draw `second` of the block numbered `block`, of the call numbered `offset`.
+// Draw `draw` for word `word` of the call numbered `offset`.
+BNEXT_HD static inline std::uint32_t mask_counter_high(std::uint64_t word, int draw) {
+  return static_cast<std::uint32_t>(word >> 32) | static_cast<std::uint32_t>(draw) << 29;
+}
 BNEXT_HD static inline PhiloxBlock mask_block(std::uint64_t seed, std::uint64_t offset,
-                                              std::uint64_t block, bool second) {
-  return philox(static_cast<std::uint32_t>(block),
-                static_cast<std::uint32_t>(block >> 32) | (second ? 0x80000000u : 0u),
+                                              std::uint64_t word, int draw) {
+  return philox(static_cast<std::uint32_t>(word), mask_counter_high(word, draw),
                 static_cast<std::uint32_t>(offset), static_cast<std::uint32_t>(offset >> 32),
                 static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32));
 }
 
-// The first draws of neighbouring blocks, side by side: compilers make vectors of these loops.
+// Compares the next bits of the numbers with those of the threshold, which are its highest ones
+// here. `kept`: the numbers that are above it; `undecided`: those that equal it so far.
+template <class Word>
+BNEXT_HD static inline void decide(Word& kept, Word& undecided, const Word (&bits)[mask_draw_bits],
+                                   std::uint32_t threshold) {
+  for (int k = 0; k < mask_draw_bits; ++k) {
+    if ((threshold << k & 0x80000000u) != 0) {
+      undecided &= bits[k];
+    } else {
+      kept |= undecided & bits[k];
+      undecided &= ~bits[k];
+    }
+  }
+}
+
+// Which elements of a word are kept, `threshold` being up to 2^32.
+BNEXT_HD static inline std::uint32_t mask_word(std::uint64_t seed, std::uint64_t offset,
+                                               std::uint64_t threshold, std::uint64_t word) {
+  if (threshold >> 32 != 0) return 0;
+  std::uint32_t kept = 0, undecided = ~std::uint32_t{0};
+  auto rest = static_cast<std::uint32_t>(threshold);
+  for (int draw = 0; rest != 0 && undecided != 0; ++draw, rest <<= mask_draw_bits)
+    decide(kept, undecided, mask_block(seed, offset, word, draw).word, rest);
+  return kept | undecided;
+}
+
+// Neighbouring blocks, side by side: compilers make vectors of these loops.
 template <int lanes>
-static inline void mask_blocks(std::uint64_t seed, std::uint64_t offset, std::uint64_t first,
-                               std::uint32_t (&word)[4][lanes]) {
+static inline void neighbour_blocks(std::uint64_t seed, std::uint64_t offset, std::uint64_t first,
+                                    std::uint32_t (&word)[4][lanes]) {
   for (int lane = 0; lane < lanes; ++lane) {
     const std::uint64_t block = first + static_cast<std::uint64_t>(lane);
     word[0][lane] = static_cast<std::uint32_t>(block);
@@ -76,17 +103,6 @@ static inline void mask_blocks(std::uint64_t seed, std::uint64_t offset, std::ui
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-}
-
-// The 16 bits that element `index` owns in its block.
-BNEXT_HD static inline std::uint32_t mask_half(std::uint64_t seed, std::uint64_t offset,
-                                               std::uint64_t index, bool second) {
-  const std::uint64_t span = index / MaskLayout::span;
-  const auto e = static_cast<std::uint32_t>(index % MaskLayout::span);
-  const PhiloxBlock block =
-      mask_block(seed, offset, span * MaskLayout::lanes + e % MaskLayout::lanes, second);
-  const std::uint32_t word = block.word[e / MaskLayout::lanes % 4];
-  return e >= MaskLayout::span / 2 ? word >> 16 : word & 0xFFFFu;
 }
 
 }  // namespace bnext

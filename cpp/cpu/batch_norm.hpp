@@ -504,7 +504,8 @@ class GradTile {
     Ones ones;
 
     BNEXT_INLINE void add_until(std::int64_t end) {
-      constexpr std::int64_t step = Sums::unit * lanes;
+      // What is a call is worth some more values.
+      constexpr std::int64_t step = (Tail::plain ? 1 : 4) * Sums::unit * lanes;
       if (end > length) end = length;
       for (; i + step <= end; i += step) add(step);
     }
@@ -534,18 +535,22 @@ class GradTile {
    private:
     BNEXT_INLINE void add(std::int64_t count) {
       if constexpr (Tail::plain)
-        add_here(count);
+        add_to(sums, count);
       else
         add_once(count);
     }
-    __attribute__((noinline)) void add_once(std::int64_t count) { add_here(count); }
-    BNEXT_INLINE void add_here(std::int64_t count) {
+    __attribute__((noinline)) void add_once(std::int64_t count) {
+      Sums local = sums;  // reads of bytes, which may be anything's, cannot mean these
+      add_to(local, count);
+      sums = local;
+    }
+    BNEXT_INLINE void add_to(Sums& to, std::int64_t count) {
       ahead_g.fetch(g + i, count);
       ahead_x.fetch(x + i, count);
       tail.fetch(i, count);
       tail.ready(i + count);
       const F coefficients = f;
-      sums.add(
+      to.add(
           i / lanes, (i + count) / lanes,
           [&](std::int64_t k)
               __attribute__((always_inline)) { return values_of(tail, x + k * lanes); },

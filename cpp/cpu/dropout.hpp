@@ -1,4 +1,4 @@
-// Dropout over a run of spans: serial, compiled once per instruction set.
+// Dropout over a run of elements: serial, compiled once per instruction set.
 #pragma once
 
 #include "core/args.hpp"
@@ -17,27 +17,30 @@ struct PhiloxVectors {
   u64v word[4][chains];
 };
 
-// The keys of its rounds, in memory: from there a vector of one costs nothing.
+// The keys of its rounds, as vectors in memory: as operands from there they cost nothing.
 struct PhiloxKeys {
   static constexpr int rounds = 10;
-  std::uint64_t first[rounds], second[rounds];
+  u64v first[rounds], second[rounds];
 
   explicit PhiloxKeys(std::uint64_t seed) {
     auto k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
-    for (int round = 0; round < rounds; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-      first[round] = k0, second[round] = k1;
+    for (int round = 0; round < rounds; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      first[round] = k0 - u64v{};
+      second[round] = k1 - u64v{};
+    }
   }
 };
 
-// Replaces the low halves of block numbers in word[0] by random words; the upper halves are `high`.
-// That half of the state is equal in all lanes for two rounds saves a tenth of the work.
+// Replaces the low halves of counters in word[0] by random words; the second words of the counters
+// are `high`. That half of the state is equal in all lanes for two rounds saves a tenth of the
+// work.
 template <int chains>
-BNEXT_INLINE void philox_vectors(PhiloxVectors<chains>& state, std::uint64_t high,
+BNEXT_INLINE void philox_vectors(PhiloxVectors<chains>& state, const std::uint32_t (&high)[chains],
                                  std::uint64_t offset, const PhiloxKeys& keys) {
   const u64v zero{};
   u64v(&c)[4][chains] = state.word;
   for (int v = 0; v < chains; ++v) {
-    c[1][v] = zero + high;
+    c[1][v] = zero + high[v];
     c[2][v] = zero + (offset & 0xFFFFFFFFu);
     c[3][v] = zero + (offset >> 32);
   }
@@ -46,62 +49,25 @@ BNEXT_INLINE void philox_vectors(PhiloxVectors<chains>& state, std::uint64_t hig
 #pragma GCC unroll 8
     for (int v = 0; v < chains; ++v) {
       const u64v p0 = multiply_low(c[0][v], 0xD2511F53u), p1 = multiply_low(c[2][v], 0xCD9E8D57u);
-      c[0][v] = (p1 >> 32) ^ c[1][v] ^ (zero + keys.first[round]);
+      c[0][v] = (p1 >> 32) ^ c[1][v] ^ keys.first[round];
       c[1][v] = p1;
-      c[2][v] = (p0 >> 32) ^ c[3][v] ^ (zero + keys.second[round]);
+      c[2][v] = (p0 >> 32) ^ c[3][v] ^ keys.second[round];
       c[3][v] = p0;
     }
   }
 }
 
-// Whether each of the 128 elements of each of `spans` spans is kept, a bit for each: its 16 random
-// bits are at least `threshold`. See MaskLayout. Nonzero if any of them equal it.
-template <int spans>
-BNEXT_INLINE unsigned span_bits(const PhiloxKeys& keys, std::uint64_t offset, std::int64_t span,
-                                std::int32_t threshold, std::uint16_t* kept) {
-  constexpr int wide = vector_bytes / 8;
-  constexpr int blocks = spans * MaskLayout::lanes;
-  constexpr int most_chains = 8;  // more than there are registers for, but it pays
-  constexpr int chains = blocks / wide < most_chains ? blocks / wide : most_chains;
-  const std::uint64_t first = static_cast<std::uint64_t>(span) * MaskLayout::lanes;
-  u64v twice;
-  for (int l = 0; l < wide; ++l) twice[l] = static_cast<std::uint64_t>(2 * l);
-  const u16v ties = static_cast<std::uint16_t>(threshold) - u16v{};
-  unsigned found = 0;
-  for (std::int64_t i = 0; i < spans * MaskLayout::span / 16; ++i) kept[i] = 0;
-  for (int start = 0; start < blocks; start += chains * wide) {
-    PhiloxVectors<chains> random;
-    // Blocks with even and with odd numbers: put together, 32-bit lanes are in order.
-    for (int v = 0; v < chains; ++v)
-      random.word[0][v] =
-          twice + (first + static_cast<std::uint64_t>(start + v / 2 * 2 * wide + v % 2));
-    philox_vectors(random, first >> 32, offset, keys);
-#pragma GCC unroll 4
-    for (int pair = 0; pair < chains; pair += 2) {
-      const int block = start + pair * wide, lane = block % MaskLayout::lanes;
-      std::uint16_t* const of_span = kept + block / MaskLayout::lanes * 8;
-#pragma GCC unroll 8
-      for (int w = 0; w < 4; ++w) {
-        const u32v word = interleave_low(random.word[w][pair], random.word[w][pair + 1]);
-        const unsigned low = lanes_at_least(word & 0xFFFFu, threshold);
-        const unsigned high = lanes_at_least(word >> 16, threshold);
-        of_span[w] = static_cast<std::uint16_t>(of_span[w] | low << lane);
-        of_span[w + 4] = static_cast<std::uint16_t>(of_span[w + 4] | high << lane);
-        found |= any_equal(word, ties);
-      }
-    }
-  }
-  return found;
-}
-
-// Whether elements are kept, `spans` spans at a time: some are faster than one, one is better among
-// other work, which the processor can then do at the same time.
-template <int spans>
+// Whether elements are kept, `batch_` of them at a time. See core/philox.hpp.
+template <int batch_>
 class MaskBits {
  public:
-  static constexpr std::int64_t batch = spans * MaskLayout::span;
+  static constexpr std::int64_t batch = batch_;
 
-  explicit MaskBits(const MaskDraw& draw) : draw_(draw), keys_(draw.seed) {}
+  explicit MaskBits(const MaskDraw& draw)
+      : keys_(draw.seed),
+        offset_(draw.offset),
+        all_(draw.threshold >> 32 != 0),
+        threshold_(static_cast<std::uint32_t>(draw.threshold)) {}
 
   // The bits of the batch that `element` is in.
   BNEXT_INLINE const std::uint8_t* of(std::int64_t element) {
@@ -111,42 +77,94 @@ class MaskBits {
   }
 
  private:
+  static constexpr int wide = vector_bytes / 8;  // blocks of one vector
+  static constexpr int words = batch / mask_word_size;
+
   __attribute__((noinline)) void make(std::int64_t number) {
     number_ = number;
-    const auto high = static_cast<std::int32_t>(draw_.threshold >> 16);
-    const bool found = span_bits<spans>(keys_, draw_.offset, number * spans, high, kept_) != 0;
-    if (found && (draw_.threshold & 0xFFFFu) != 0) settle(number);
+    const auto first = static_cast<std::uint64_t>(number * words);
+    if (all_)
+      __builtin_memset(kept_, 0, sizeof kept_);
+    else if (threshold_ << mask_draw_bits == 0)
+      make_words<1>(first);
+    else
+      make_words<2>(first);
+    if (threshold_ << 2 * mask_draw_bits != 0) settle(first);
   }
 
-  // Where the 16 bits equal the upper half of the threshold, the second draw decides.
-  __attribute__((noinline)) void settle(std::int64_t number) {
-    const auto high = static_cast<std::uint32_t>(draw_.threshold >> 16);
-    const auto low = static_cast<std::uint32_t>(draw_.threshold & 0xFFFFu);
-    const auto first = static_cast<std::uint64_t>(number * spans) * MaskLayout::lanes;
-    for (int b = 0; b < spans * MaskLayout::lanes; ++b) {
-      const PhiloxBlock block =
-          mask_block(draw_.seed, draw_.offset, first + static_cast<unsigned>(b), false);
-      for (int w = 0; w < 8; ++w) {
-        const std::uint32_t bits = w < 4 ? block.word[w] & 0xFFFFu : block.word[w - 4] >> 16;
-        if (bits != high) continue;
-        const int word = b / MaskLayout::lanes * 8 + w, lane = b % MaskLayout::lanes;
-        const std::int64_t element = number * batch + word * 16 + lane;
-        if (mask_half(draw_.seed, draw_.offset, static_cast<std::uint64_t>(element), true) < low)
-          kept_[word] = static_cast<std::uint16_t>(kept_[word] & ~(1u << lane));
+  // By the first `draws` draws; what they leave undecided is kept.
+  template <int draws>
+  BNEXT_INLINE void make_words(std::uint64_t first) {
+    u64v twice;
+    for (int l = 0; l < wide; ++l) twice[l] = static_cast<std::uint64_t>(2 * l);
+#pragma GCC unroll 1
+    for (int w = 0; w < words; w += 2 * wide) {
+      // Even and odd words: put together, 32-bit lanes are in order.
+      PhiloxVectors<2 * draws> random;
+      std::uint32_t high[2 * draws];
+      for (int c = 0; c < 2 * draws; ++c) {
+        random.word[0][c] = twice + (first + static_cast<std::uint64_t>(w + c % 2));
+        high[c] = mask_counter_high(first, c / 2);
+      }
+      philox_vectors(random, high, offset_, keys_);
+      u32v kept{}, undecided = ~kept;
+#pragma GCC unroll 2
+      for (int d = 0; d < draws; ++d) {
+        u32v bits[mask_draw_bits];
+        for (int k = 0; k < mask_draw_bits; ++k)
+          bits[k] = interleave_low(random.word[k][2 * d], random.word[k][2 * d + 1]);
+        decide(kept, undecided, bits, threshold_ << d * mask_draw_bits);
+      }
+      store_vector(kept | undecided, kept_ + w);
+      store_vector(undecided, undecided_ + w);
+    }
+  }
+
+  // What two draws leave undecided: in one word of nine.
+  __attribute__((noinline)) void settle(std::uint64_t first) {
+    int list[words], count = 0;
+    for (int w = 0; w < words; ++w) {
+      list[count] = w;
+      count += undecided_[w] != 0;
+    }
+    for (int start = 0; start < count; start += wide) {
+      u64v counter, kept{}, undecided;
+      for (int l = 0; l < wide; ++l) {
+        const int w = list[start + l < count ? start + l : start];
+        counter[l] = first + static_cast<std::uint64_t>(w);
+        undecided[l] = undecided_[w];
+      }
+      auto rest = threshold_ << 2 * mask_draw_bits;
+      for (int draw = 2; rest != 0 && mask_of_lanes(undecided != 0) != 0; ++draw) {
+        PhiloxVectors<1> random;
+        random.word[0][0] = counter;
+        philox_vectors(random, {mask_counter_high(first, draw)}, offset_, keys_);
+        u64v bits[mask_draw_bits];
+        for (int k = 0; k < mask_draw_bits; ++k) bits[k] = random.word[k][0];
+        decide(kept, undecided, bits, rest);
+        rest <<= mask_draw_bits;
+      }
+      kept |= undecided;
+      for (int l = 0; l < wide && start + l < count; ++l) {
+        const int w = list[start + l];
+        kept_[w] &= ~undecided_[w] | static_cast<std::uint32_t>(kept[l]);
       }
     }
   }
 
-  MaskDraw draw_;
   PhiloxKeys keys_;
+  std::uint64_t offset_;
+  bool all_;  // are dropped
+  std::uint32_t threshold_;
   std::int64_t number_ = -1;
-  alignas(64) std::uint16_t kept_[batch / 16 + 2];  // Bits reads on
+  alignas(64) std::uint32_t kept_[words + 1];  // Bits reads on
+  alignas(64) std::uint32_t undecided_[words];
 };
 
 // The bits of elements that share them.
 class SharedBits {
  public:
-  using Mask = MaskBits<4>;
+  using Mask = MaskBits<2048>;
 
   explicit SharedBits(const MaskMap& map) : map_(map) {}
 
@@ -206,14 +224,10 @@ class SharedBits {
 };
 
 template <class S>
-void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_span,
-             bool streaming) {
+void dropout(const DropoutArgs& a, std::int64_t first, std::int64_t end, bool streaming) {
   const auto* x = static_cast<const S*>(a.x);
   auto* y = static_cast<S*>(a.y);
   const auto scale = static_cast<Compute<S>>(a.draw.scale);
-  const std::int64_t first = first_span * MaskLayout::span;
-  const std::int64_t end =
-      last_span * MaskLayout::span < a.size ? last_span * MaskLayout::span : a.size;
   const bool shifted = a.shift != 0 || a.dropped != 0;
   const auto shift = static_cast<Compute<S>>(a.shift);
   const Vector<S> dropped = static_cast<Compute<S>>(a.dropped) - Vector<S>{};
@@ -224,7 +238,7 @@ void dropout(const DropoutArgs& a, std::int64_t first_span, std::int64_t last_sp
   const Ahead<S> ahead{x + a.size, x};
 
   constexpr std::int64_t batch = SharedBits::Mask::batch;
-  std::uint8_t kept[dropout_spans * MaskLayout::span / 8 + batch / 8 + 4];  // Bits reads on
+  std::uint8_t kept[dropout_run / 8 + batch / 8 + 4];  // Bits reads on
   const Bits bits{kept, 0};
   std::int64_t drawn = 0;
   const auto draw = [&]() {

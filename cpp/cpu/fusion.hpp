@@ -76,7 +76,7 @@ __attribute__((noinline)) V gradient_of_its_own(V g, V z, T slope) {
   return Epilogue::gradient(g, z, slope);
 }
 
-using FusedBits = MaskBits<1>;
+using FusedBits = MaskBits<512>;
 
 // Where the random bits of dropout come from in a pass, and whether they are noted for another.
 enum class Mask { drawn, drawn_and_noted, noted };
@@ -257,7 +257,7 @@ class General {
       if (count == FusedBits::batch)
         __builtin_memcpy(to, from, FusedBits::batch / 8);
       else
-        for (std::int64_t k = 0; k < (begin % 8 + count + 7) / 8; ++k) to[k] = from[k];
+        __builtin_memcpy(to, from, static_cast<std::size_t>((begin % 8 + count + 7) / 8));
       return count;
     }
 

@@ -8,7 +8,6 @@
 
 #include "bnext/batch_norm.hpp"
 #include "bnext/runtime.hpp"
-#include "core/philox.hpp"
 #include "cpu/parallel.hpp"
 
 namespace bnext {
@@ -235,11 +234,10 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
 template <class S>
 void launch(const DropoutArgs& a, const Kernels<S>& kernels) {
   const bool streaming = worth_streaming(2 * a.size * static_cast<std::int64_t>(sizeof(S)));
-  const std::int64_t spans = (a.size + MaskLayout::span - 1) / MaskLayout::span;
-  const std::int64_t tasks = (spans + dropout_spans - 1) / dropout_spans;
+  const std::int64_t tasks = (a.size + dropout_run - 1) / dropout_run;
   parallel_for(tasks, a.size, [&](std::int64_t task) {
-    const std::int64_t first = task * dropout_spans;
-    kernels.dropout(a, first, std::min(first + dropout_spans, spans), streaming);
+    const std::int64_t first = task * dropout_run;
+    kernels.dropout(a, first, std::min(first + dropout_run, a.size), streaming);
   });
 }
 

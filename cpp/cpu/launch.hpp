@@ -19,8 +19,8 @@ struct GradSums {
 enum class Path { none, clip, relu_and_dropout, residual_and_relu, general };
 constexpr int paths = 5;
 
-// Spans of MaskLayout::span elements that one call of `dropout` takes at most.
-constexpr std::int64_t dropout_spans = 256;
+// Elements that one call of `dropout` takes at most.
+constexpr std::int64_t dropout_run = 32768;
 
 // Serial loops over one tile; S is the dtype of the data. Arrays per channel start at channel 0,
 // and partials[chunk * grid.problem.c + channel] is the place of a tile's sums. `forward`
@@ -42,8 +42,8 @@ struct Kernels {
                             const S* x, const double* mean, const Affine<T>* forward,
                             const GradAffine<T>* backward, const Fusion&, S* grad_x,
                             S* grad_residual, GradSums* next_partials);
-  // Spans [first, last).
-  void (*dropout)(const DropoutArgs&, std::int64_t first, std::int64_t last, bool streaming);
+  // Elements [first, end); first is a multiple of dropout_run.
+  void (*dropout)(const DropoutArgs&, std::int64_t first, std::int64_t end, bool streaming);
 };
 
 template <class S>

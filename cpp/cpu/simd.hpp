@@ -184,14 +184,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)_mm512_mask_shuffle_epi32((__m512i)a, 0xAAAA, (__m512i)b, _MM_PERM_CCAA);
 }
-// One bit for each lane that is at least as large, as a signed number.
-BNEXT_INLINE unsigned lanes_at_least(u32v v, std::int32_t least) {
-  return _mm512_cmpge_epi32_mask((__m512i)v, _mm512_set1_epi32(least));
-}
-// Whether any 16 bits of v equal those of `to`.
-BNEXT_INLINE unsigned any_equal(u32v v, u16v to) {
-  return _mm512_cmpeq_epi16_mask((__m512i)v, (__m512i)to);
-}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
 }
@@ -248,9 +240,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)_mm256_blend_epi32((__m256i)a, (__m256i)(b << 32), 0xAA);
 }
-BNEXT_INLINE unsigned any_equal(u32v v, u16v to) {
-  return static_cast<unsigned>(_mm256_movemask_epi8(_mm256_cmpeq_epi16((__m256i)v, (__m256i)to)));
-}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
 }
@@ -286,9 +275,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 }
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
-}
-BNEXT_INLINE unsigned any_equal(u32v v, u16v to) {
-  return static_cast<unsigned>(_mm_movemask_epi8(_mm_cmpeq_epi16((__m128i)v, (__m128i)to)));
 }
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
@@ -328,11 +314,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
   return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
 }
-BNEXT_INLINE unsigned any_equal(u32v v, u16v to) {
-  unsigned any = 0;
-  for (std::int64_t l = 0; l < vector_bytes / 2; ++l) any |= ((u16v)v)[l] == to[l];
-  return any;
-}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   store_vector(v, to);
 }
@@ -342,9 +323,6 @@ BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
 #endif
 
 #if !defined(__AVX512F__)
-BNEXT_INLINE unsigned lanes_at_least(u32v v, std::int32_t least) {
-  return mask_of_lanes((i32v)v >= least);
-}
 BNEXT_INLINE f32v from_bfloat(half_u16v v) {
   return (f32v)(__builtin_convertvector(v, u32v) << 16);
 }
@@ -443,7 +421,7 @@ BNEXT_INLINE V select_lanes(std::uint32_t mask, V a, V b) {
   Lanes bits{};
   for (std::int64_t l = 0; l < static_cast<std::int64_t>(sizeof(V) / sizeof a[0]); ++l)
     bits[l] = 1 << l;
-  return (bits & static_cast<int>(mask & 0xFFFFu)) != 0 ? a : b;
+  return (bits & static_cast<int>(mask)) == bits ? a : b;
 #endif
 }
 
@@ -849,7 +827,7 @@ struct Bits {
 
   // Those of the elements from i on, lowest first; at least 16 of them.
   BNEXT_INLINE std::uint32_t at(std::int64_t i) const {
-    const std::int64_t bit = first + i;
+    const auto bit = static_cast<std::uint64_t>(first + i);
     std::uint32_t word;
     __builtin_memcpy(&word, bytes + bit / 8, sizeof word);
     return word >> (bit % 8);

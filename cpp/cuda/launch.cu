@@ -108,8 +108,8 @@ void with_kind(const Plan& plan, bool plain, bool wide, Body body) {
     with(std::integral_constant<Layout, Layout::columns>());
 }
 
-std::int64_t mask_bytes(std::int64_t size) {
-  return (size + mask_tile - 1) / mask_tile * mask_words * 4;
+std::int64_t words_of_mask(std::int64_t size) {
+  return (size + mask_word_size - 1) / mask_word_size;
 }
 
 // Workspace of an operation, with the bits of its dropout where it has one.
@@ -122,7 +122,7 @@ struct Scratch {
   Scratch(const Place& place, const Plan& plan, std::int64_t channels, std::int64_t masked)
       : workspace(place,
                   Workspace::bytes<Sums>(plan.partials) + Workspace::bytes<Sums>(channels) +
-                      Workspace::bytes<std::uint8_t>(mask_bytes(masked)),
+                      Workspace::bytes<std::uint32_t>(words_of_mask(masked)),
                   static_cast<std::size_t>(plan.tickets) * sizeof(unsigned),
                   static_cast<std::size_t>(plan.letters) * sizeof(Letter)) {
     meeting.tickets = workspace.zeroed<unsigned>();
@@ -130,14 +130,14 @@ struct Scratch {
     meeting.letters = workspace.letters<Letter>();
     meeting.launch = workspace.launch();
     totals = channels > 0 ? workspace.take<Sums>(channels) : nullptr;
-    kept = workspace.take<std::uint32_t>(mask_bytes(masked) / 4);
+    kept = workspace.take<std::uint32_t>(words_of_mask(masked));
   }
 };
 
 void draw(const Place& place, const MaskDraw& mask, std::int64_t size, std::uint32_t* words) {
-  constexpr std::int64_t per_block = block_threads / warp_threads * mask_tile;
-  start<draw_mask>(place, std::min(enough_blocks, blocks_for(size, per_block)), block_threads, 0,
-                   false, mask, size, words);
+  const std::int64_t count = words_of_mask(size);
+  start<draw_mask>(place, std::min(enough_blocks, blocks_for(count, block_threads)), block_threads,
+                   0, false, mask, count, words);
 }
 
 // The bits of dropout, for kernels to find.
@@ -201,7 +201,7 @@ template <class S>
 void on_device(const DropoutArgs& args) {
   const DeviceGuard guard(args.place.device);
   const bool wide = aligned({args.x, args.y});
-  constexpr std::int64_t per_block = block_threads * 4 * width_of<S>;
+  constexpr std::int64_t per_block = block_threads * mask_word_size;
   const std::int64_t blocks = std::min(4 * enough_blocks, blocks_for(args.size, per_block));
   if (!args.map.shares()) {
     start<dropout<S>>(args.place, blocks, block_threads, 0, false, args,
