@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(block_threads)
     dropout(DropoutArgs a, const std::uint32_t* words, bool wide) {
   using T = Compute<S>;
   constexpr int width = width_of<S>, steps = mask_word_size / width;
-  constexpr int together = steps < 8 ? steps : 8;  // accesses that are under way
+  constexpr int together = 4;  // accesses that are under way
   const auto* x = static_cast<const S*>(a.x);
   auto* y = static_cast<S*>(a.y);
   const T scale = static_cast<T>(a.draw.scale), shift = static_cast<T>(a.shift);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(block_threads)
   for (std::int64_t tile = blockIdx.x * warps + threadIdx.x / warp_threads; tile < tiles;
        tile += gridDim.x * warps) {
     std::uint32_t word = 0;
-#pragma unroll
+#pragma unroll 1
     for (int begin = 0; begin < steps; begin += together) {
       Stored<S> stored[together];
 #pragma unroll
@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(block_threads)
         if (slot.end == 0) continue;
         if (words != nullptr) {
           kept = 0;
+#pragma unroll 1
           for (int k = 0; k < slot.end; ++k) {
             const std::int64_t bit = bit_of(a.map, slot.first + k);
             kept |= (words[bit / 32] >> bit % 32 & 1u) << k;
