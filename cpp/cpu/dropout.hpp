@@ -77,7 +77,7 @@ class MaskBits {
   }
 
  private:
-  static constexpr int wide = vector_bytes / 8;  // blocks of one vector
+  static constexpr int wide = vector_bytes / 8;  // words of one vector, in lanes of 64 bits
   static constexpr int words = batch / mask_word_size;
 
   __attribute__((noinline)) void make(std::int64_t number) {
@@ -95,28 +95,30 @@ class MaskBits {
   // By the first `draws` draws; what they leave undecided is kept.
   template <int draws>
   BNEXT_INLINE void make_words(std::uint64_t first) {
-    u64v twice;
-    for (int l = 0; l < wide; ++l) twice[l] = static_cast<std::uint64_t>(2 * l);
+    constexpr int together = words < 2 * wide ? 1 : 2;  // vectors
+    u64v lane;
+    for (int l = 0; l < wide; ++l) lane[l] = static_cast<std::uint64_t>(l);
 #pragma GCC unroll 1
-    for (int w = 0; w < words; w += 2 * wide) {
-      // Even and odd words: put together, 32-bit lanes are in order.
-      PhiloxVectors<2 * draws> random;
-      std::uint32_t high[2 * draws];
-      for (int c = 0; c < 2 * draws; ++c) {
-        random.word[0][c] = twice + (first + static_cast<std::uint64_t>(w + c % 2));
-        high[c] = mask_counter_high(first, c / 2);
+    for (int w = 0; w < words; w += together * wide) {
+      PhiloxVectors<together * draws> random;
+      std::uint32_t high[together * draws];
+      for (int c = 0; c < together * draws; ++c) {
+        random.word[0][c] = lane + (first + static_cast<std::uint64_t>(w + c / draws * wide));
+        high[c] = mask_counter_high(first, c % draws);
       }
       philox_vectors(random, high, offset_, keys_);
-      u32v kept{}, undecided = ~kept;
 #pragma GCC unroll 2
-      for (int d = 0; d < draws; ++d) {
-        u32v bits[mask_draw_bits];
-        for (int k = 0; k < mask_draw_bits; ++k)
-          bits[k] = interleave_low(random.word[k][2 * d], random.word[k][2 * d + 1]);
-        decide(kept, undecided, bits, threshold_ << d * mask_draw_bits);
+      for (int v = 0; v < together; ++v) {
+        u64v kept{}, undecided = ~kept;
+#pragma GCC unroll 2
+        for (int d = 0; d < draws; ++d) {
+          u64v bits[mask_draw_bits];
+          for (int k = 0; k < mask_draw_bits; ++k) bits[k] = random.word[k][v * draws + d];
+          decide(kept, undecided, bits, threshold_ << d * mask_draw_bits);
+        }
+        store_vector(__builtin_convertvector(kept | undecided, half_u32v), kept_ + w + v * wide);
+        store_vector(undecided, undecided_ + w + v * wide);
       }
-      store_vector(kept | undecided, kept_ + w);
-      store_vector(undecided, undecided_ + w);
     }
   }
 
@@ -125,14 +127,14 @@ class MaskBits {
     int list[words], count = 0;
     for (int w = 0; w < words; ++w) {
       list[count] = w;
-      count += undecided_[w] != 0;
+      count += static_cast<std::uint32_t>(undecided_[w]) != 0;
     }
     for (int start = 0; start < count; start += wide) {
       u64v counter, kept{}, undecided;
       for (int l = 0; l < wide; ++l) {
         const int w = list[start + l < count ? start + l : start];
         counter[l] = first + static_cast<std::uint64_t>(w);
-        undecided[l] = undecided_[w];
+        undecided[l] = static_cast<std::uint32_t>(undecided_[w]);
       }
       auto rest = threshold_ << 2 * mask_draw_bits;
       for (int draw = 2; rest != 0 && mask_of_lanes(undecided != 0) != 0; ++draw) {
@@ -147,7 +149,7 @@ class MaskBits {
       kept |= undecided;
       for (int l = 0; l < wide && start + l < count; ++l) {
         const int w = list[start + l];
-        kept_[w] &= ~undecided_[w] | static_cast<std::uint32_t>(kept[l]);
+        kept_[w] &= static_cast<std::uint32_t>(~undecided_[w] | kept[l]);
       }
     }
   }
@@ -157,8 +159,8 @@ class MaskBits {
   bool all_;  // are dropped
   std::uint32_t threshold_;
   std::int64_t number_ = -1;
-  alignas(64) std::uint32_t kept_[words + 1];  // Bits reads on
-  alignas(64) std::uint32_t undecided_[words];
+  alignas(64) std::uint32_t kept_[words + 1];   // Bits reads on
+  alignas(64) std::uint64_t undecided_[words];  // in the low halves
 };
 
 // The bits of elements that share them.

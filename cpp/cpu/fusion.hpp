@@ -76,7 +76,7 @@ __attribute__((noinline)) V gradient_of_its_own(V g, V z, T slope) {
   return Epilogue::gradient(g, z, slope);
 }
 
-using FusedBits = MaskBits<512>;
+using FusedBits = MaskBits<256>;
 
 // Where the random bits of dropout come from in a pass, and whether they are noted for another.
 enum class Mask { drawn, drawn_and_noted, noted };

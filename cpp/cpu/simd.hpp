@@ -48,6 +48,7 @@ typedef std::uint32_t u32v __attribute__((vector_size(vector_bytes)));
 typedef std::uint16_t u16v __attribute__((vector_size(vector_bytes)));
 typedef std::int32_t i32v __attribute__((vector_size(vector_bytes)));
 typedef std::int64_t i64v __attribute__((vector_size(vector_bytes)));
+typedef std::uint32_t half_u32v __attribute__((vector_size(vector_bytes / 2)));
 typedef std::uint16_t half_u16v __attribute__((vector_size(vector_bytes / 2)));
 
 // One of two types.
@@ -180,10 +181,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
   else
     return _mm512_movepi64_mask((__m512i)v);
 }
-// The low halves of a in the even 32-bit lanes, those of b in the odd ones.
-BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
-  return (u32v)_mm512_mask_shuffle_epi32((__m512i)a, 0xAAAA, (__m512i)b, _MM_PERM_CCAA);
-}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
 }
@@ -237,9 +234,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
   else
     return static_cast<unsigned>(_mm256_movemask_pd((__m256d)v));
 }
-BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
-  return (u32v)_mm256_blend_epi32((__m256i)a, (__m256i)(b << 32), 0xAA);
-}
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
 }
@@ -272,9 +266,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
     return static_cast<unsigned>(_mm_movemask_ps((__m128)v));
   else
     return static_cast<unsigned>(_mm_movemask_pd((__m128d)v));
-}
-BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
-  return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
 }
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
@@ -310,9 +301,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
   for (std::int64_t l = 0; l < static_cast<std::int64_t>(sizeof v / sizeof v[0]); ++l)
     mask |= (v[l] != 0 ? 1u : 0u) << l;
   return mask;
-}
-BNEXT_INLINE u32v interleave_low(u64v a, u64v b) {
-  return (u32v)((a & 0xFFFFFFFFu) | (b << 32));
 }
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   store_vector(v, to);
