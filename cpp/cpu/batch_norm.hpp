@@ -897,6 +897,29 @@ BNEXT_INLINE void for_each_rows_backwards(const Grid& grid, const Columns& colum
   while (r > first) body(Constant<1>{}, --r, columns.width);
 }
 
+// Fetches what lies some rows before a row: processors follow rows that are taken backwards badly.
+template <class S>
+class RowsBefore {
+ public:
+  RowsBefore(const Grid& grid, std::int64_t chunk)
+      : distance_(prefetch_bytes / (grid.width * static_cast<std::int64_t>(sizeof(S))) + 1),
+        width_(grid.width),
+        first_(grid.fetch_rows ? grid.first_row(chunk) + distance_ : grid.rows) {}
+
+  // For elements [i, i + count) of `rows` rows from row r on, which begins at p.
+  BNEXT_INLINE void fetch(const S* p, std::int64_t r, int rows, std::int64_t i,
+                          std::int64_t count) const {
+    if (r >= first_) fetch_at(p - distance_ * width_ + i, rows, count);
+  }
+
+ private:
+  __attribute__((noinline)) void fetch_at(const S* p, int rows, std::int64_t count) const {
+    for (int row = 0; row < rows; ++row) bnext::fetch(p + row * width_, count);
+  }
+
+  std::int64_t distance_, width_, first_;
+};
+
 // How many rows are written at once, if each has nothing of its own but its values.
 template <class Tail>
 constexpr int rows_together = Tail::plain && !compact ? 4 : 1;
@@ -907,6 +930,7 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
   const Columns columns(grid, group);
   const ColumnAffine<Compute<S>> f(grid, columns, forward);
   Tail tail(fusion);
+  const RowsBefore<S> before(grid, chunk);
   for_each_rows_backwards<S, rows_together<Tail>>(
       grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
         const std::int64_t offset = r * grid.width + columns.first;
@@ -918,7 +942,10 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
               return run.value(apply(affine, at(from + row * grid.width)), at);
             },
-            [&](std::int64_t i, std::int64_t count) { run.ready(i + count); });
+            [&](std::int64_t i, std::int64_t count) {
+              before.fetch(from, r, decltype(rows)::value, i, count);
+              run.ready(i + count);
+            });
         run.finish();
       });
 }
@@ -1014,6 +1041,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
   const ColumnAffine<Compute<S>> f(grid, columns, forward);
   const ColumnGradAffine<Compute<S>> k(grid, columns, backward);
   Tail tail(fusion);
+  const RowsBefore<S> before(grid, chunk);
   for_each_rows_backwards<S, rows_together<Tail>>(
       grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
         const std::int64_t offset = r * grid.width + columns.first;
@@ -1032,7 +1060,11 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
               write_also(also, through, at, grid.streaming);
               return apply(affine.backward, through, v);
             },
-            [&](std::int64_t i, std::int64_t count) { run.ready(i + count); });
+            [&](std::int64_t i, std::int64_t count) {
+              before.fetch(grad_y + offset, r, decltype(rows)::value, i, count);
+              before.fetch(x + offset, r, decltype(rows)::value, i, count);
+              run.ready(i + count);
+            });
         run.finish();
       });
 }

@@ -32,7 +32,7 @@ struct Grid {
   std::int64_t chunks;
   bool streaming;   // results go past the caches; inputs come from memory, and are asked for early
   bool sum_next;    // rows: the sums of the next group are made on the way of writing this one
-  bool fetch_rows;  // columns: sums of some rows fetch those that follow, contiguous ones
+  bool fetch_rows;  // columns: some rows fetch those that are next, contiguous ones
 
   static constexpr std::int64_t max_group_width = 1024;   // columns of one group
   static constexpr std::int64_t max_group_channels = 64;  // rows: channels of one group

@@ -220,6 +220,7 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
   const auto apply = kernels.apply[forward_path(a.fusion)];
   // One pass, in the order of memory: no sums to make, so the tiles can be what suits the threads.
   grid.sum_next = false;
+  grid.fetch_rows = grid.streaming && grid.groups == 1;
   constexpr std::int64_t enough = 4;
   if (!grid.columns)
     grid.cut(1);
