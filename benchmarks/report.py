@@ -19,7 +19,8 @@ import statistics
 from collections.abc import Callable
 
 OPS = ("forward", "backward", "inference", "dropout")
-FUSIONS = ("relu", "relu dropout", "residual relu")
+# What follows an operation's name; a number is a probability of dropout other than 0.5.
+FUSIONS = ("0.1", "relu", "relu dropout", "relu dropout 0.1", "residual relu")
 LIMIT = "limit"
 PASSES = "two passes"
 
