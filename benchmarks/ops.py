@@ -28,7 +28,6 @@ from bnext import functional as F
 
 SHAPES = pathlib.Path(__file__).with_name("shapes.csv")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-P = 0.5  # of dropout
 Run = Callable[[], np.ndarray]
 
 
@@ -39,19 +38,21 @@ class Op:
     kind: str
     residual: bool = False
     relu: bool = False
-    dropout: bool = False
+    dropout: float = 0  # probability
 
     @property
     def name(self) -> str:
         fused = ("residual", "relu", "dropout") if self.kind != "dropout" else ()
-        return " ".join([self.kind, *(part for part in fused if getattr(self, part))])
+        other = [f"{self.dropout:g}"] if self.dropout not in (0, 0.5) else []
+        return " ".join([self.kind, *(part for part in fused if getattr(self, part)), *other])
 
 
-OPS = [Op("forward"), Op("backward"), Op("inference"), Op("dropout", dropout=True)]
+OPS = [Op("forward"), Op("backward"), Op("inference"), Op("dropout", dropout=0.5)]
 FUSED = [
     *(Op(kind, relu=True) for kind in ("forward", "backward", "inference")),
-    *(Op(kind, relu=True, dropout=True) for kind in ("forward", "backward")),
+    *(Op(kind, relu=True, dropout=p) for kind in ("forward", "backward") for p in (0.5, 0.1)),
     *(Op(kind, residual=True, relu=True) for kind in ("forward", "backward", "inference")),
+    Op("dropout", dropout=0.1),
 ]
 
 
@@ -97,7 +98,7 @@ class Bnext:
             a.x,
             a.weight,
             a.bias,
-            dropout=P if op.dropout else 0,
+            dropout=op.dropout,
             generator=self.generator,
             out=out,
             **self._options(op),
@@ -118,7 +119,7 @@ class Bnext:
 
     def dropout(self, op: Op) -> Run:
         x = self.arrays.x
-        return lambda: F.dropout_forward(x, P, generator=self.generator, out=self.out)[0]
+        return lambda: F.dropout_forward(x, op.dropout, generator=self.generator, out=self.out)[0]
 
 
 class NumPy:
@@ -136,16 +137,16 @@ class NumPy:
         inv_std = 1 / np.sqrt(self.x.var(self.axes, keepdims=True) + 1e-5)
         return (self.x - mean) * inv_std, inv_std
 
-    def _mask(self):
+    def _mask(self, p: float):
         dtype = self.x.dtype
-        return (self.rng.random(self.x.shape, dtype) >= P) * dtype.type(1 / (1 - P))
+        return (self.rng.random(self.x.shape, dtype) >= p) * dtype.type(1 / (1 - p))
 
     def _end(self, z, op: Op):
         if op.residual:
             z = z + self.residual
         if op.relu:
             z = np.maximum(z, 0)
-        return z * self._mask() if op.dropout else z
+        return z * self._mask(op.dropout) if op.dropout else z
 
     def forward(self, op: Op) -> Run:
         return lambda: self._end(self._normalized()[0] * self.weight + self.bias, op)
@@ -153,7 +154,7 @@ class NumPy:
     def backward(self, op: Op) -> Run:
         n, inv_std = self._normalized()
         z = n * self.weight + self.bias + (self.residual if op.residual else 0)
-        mask = self._mask() if op.dropout else None
+        mask = self._mask(op.dropout) if op.dropout else None
 
         def run():
             passed = self.grad_y
@@ -172,7 +173,7 @@ class NumPy:
         return lambda: self._end((self.x - self.x.dtype.type(0.5)) * scale + self.bias, op)
 
     def dropout(self, op: Op) -> Run:
-        return lambda: self.x * self._mask()
+        return lambda: self.x * self._mask(op.dropout)
 
 
 class Torch:
@@ -215,7 +216,7 @@ class Torch:
             z = z + residual
         if op.relu:
             z = functional.relu(z)
-        return functional.dropout(z, P) if op.dropout else z
+        return functional.dropout(z, op.dropout) if op.dropout else z
 
     def _norm(self, op: Op):
         batch_norm = self.torch.nn.functional.batch_norm
@@ -247,7 +248,7 @@ class Torch:
         return lambda: self._array(norm(self.x, self.residual))
 
     def dropout(self, op: Op) -> Run:
-        drop = self.compiled(lambda x: self.torch.nn.functional.dropout(x, P))
+        drop = self.compiled(lambda x: self.torch.nn.functional.dropout(x, op.dropout))
         return lambda: self._array(drop(self.x))
 
 
@@ -275,16 +276,16 @@ class Jax:
         self.weight, self.bias = jnp.asarray(arrays.weight[row]), jnp.asarray(arrays.bias[row])
         self.key = jax.random.key(1)
 
-    def _drop(self, x, key):
-        kept = self.jax.random.bernoulli(key, 1 - P, x.shape)
-        return self.jnp.where(kept, x / (1 - P), 0)
+    def _drop(self, x, key, p: float):
+        kept = self.jax.random.bernoulli(key, 1 - p, x.shape)
+        return self.jnp.where(kept, x / (1 - p), 0)
 
     def _end(self, z, residual, key, op: Op):
         if op.residual:
             z = z + residual
         if op.relu:
             z = self.jax.nn.relu(z)
-        z = self._drop(z, key) if op.dropout else z
+        z = self._drop(z, key, op.dropout) if op.dropout else z
         return z.astype(self.x.dtype)
 
     def _norm(self, op: Op):
@@ -323,7 +324,7 @@ class Jax:
         return lambda: np.asarray(norm(self.x, self.residual, self.key).block_until_ready())
 
     def dropout(self, op: Op) -> Run:
-        drop = self.jax.jit(self._drop)
+        drop = self.jax.jit(lambda x, key: self._drop(x, key, op.dropout))
         return lambda: np.asarray(drop(self.x, self.key).block_until_ready())
 
 

@@ -144,7 +144,7 @@ def test_wrong_share_of_zeros_is_noticed():
     wrong = right.copy()
     wrong[::10] = 0
     with pytest.raises(SystemExit, match="dropout: wrong"):
-        ops.check(ops.Op("dropout", dropout=True), "peer", wrong, right)
+        ops.check(ops.Op("dropout", dropout=0.5), "peer", wrong, right)
 
 
 def test_operations_have_the_names_of_bnext_bench():
