@@ -73,8 +73,9 @@ def test_gradients(name, norm, position):
 def test_gradients_with_dropout(place):
     model = build("resnet", dropout=0.3, dropout_position=place, width=2, dtype=np.float64)
     randomize(model)
+    # A seed whose masks leave no value next to the corner of a ReLU.
     gradcheck(
-        model, batch("resnet", 3, np.float64), before=lambda: bnext.manual_seed(5), checked=30
+        model, batch("resnet", 3, np.float64), before=lambda: bnext.manual_seed(1), checked=30
     )
 
 

@@ -53,11 +53,11 @@ def drop_block2d_mask(
     >>> kept = F.drop_block2d_mask(1, 0, (1, 1, 6, 12), 0.25, block_size=3)
     >>> for row in kept[0, 0]:
     ...     print("".join("01"[int(k)] for k in row))
-    000111000111
-    000110000111
-    000000000111
-    111000001111
-    111000111111
+    111111110001
+    110000010001
+    110000000001
+    110000000011
+    111111100011
     111111111111
     """
     operation = "drop_block2d_mask"
