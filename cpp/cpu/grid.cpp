@@ -109,6 +109,7 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
     if (grid.group_channels > whole) grid.group_channels -= grid.group_channels % whole;
   }
   grid.groups = divide_up(p.c, grid.group_channels);
+  grid.fetch_rows = grid.streaming && grid.groups == 1;
   const std::int64_t group_width = grid.group_channels * columns_per_channel * grid.replicas;
   const std::int64_t fewest_rows =
       by_rows ? vector_width

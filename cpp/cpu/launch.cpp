@@ -84,7 +84,7 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   // second pass goes backwards, since what the first read last is still there.
   const bool by_groups = grid.chunks == 1 || grid.groups >= 4 * num_threads();
   grid.sum_next = grid.sum_next && by_groups;
-  grid.fetch_rows = grid.streaming && !by_groups && grid.groups == 1;
+  grid.fetch_rows = grid.fetch_rows && !by_groups;
   if (by_groups) {
     parallel_shares(grid.groups, work, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t group = begin; group < end; ++group) {
@@ -220,7 +220,6 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
   const auto apply = kernels.apply[forward_path(a.fusion)];
   // One pass, in the order of memory: no sums to make, so the tiles can be what suits the threads.
   grid.sum_next = false;
-  grid.fetch_rows = grid.streaming && grid.groups == 1;
   constexpr std::int64_t enough = 4;
   if (!grid.columns)
     grid.cut(1);
