@@ -42,10 +42,11 @@ BNEXT_HD static inline PhiloxBlock philox(std::uint32_t c0, std::uint32_t c1, st
 constexpr int mask_word_size = 32;
 constexpr int mask_draw_bits = 4;
 
-// Draw `draw` for word `word` of the call numbered `offset`.
+// The second word of the counter of a draw; the first is the lower half of `word`.
 BNEXT_HD static inline std::uint32_t mask_counter_high(std::uint64_t word, int draw) {
   return static_cast<std::uint32_t>(word >> 32) | static_cast<std::uint32_t>(draw) << 29;
 }
+// Draw `draw` for word `word` of the call numbered `offset`.
 BNEXT_HD static inline PhiloxBlock mask_block(std::uint64_t seed, std::uint64_t offset,
                                               std::uint64_t word, int draw) {
   return philox(static_cast<std::uint32_t>(word), mask_counter_high(word, draw),

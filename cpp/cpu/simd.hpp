@@ -46,8 +46,6 @@ using f64v = Native<double>::type;
 typedef std::uint64_t u64v __attribute__((vector_size(vector_bytes)));
 typedef std::uint32_t u32v __attribute__((vector_size(vector_bytes)));
 typedef std::uint16_t u16v __attribute__((vector_size(vector_bytes)));
-typedef std::int32_t i32v __attribute__((vector_size(vector_bytes)));
-typedef std::int64_t i64v __attribute__((vector_size(vector_bytes)));
 typedef std::uint32_t half_u32v __attribute__((vector_size(vector_bytes / 2)));
 typedef std::uint16_t half_u16v __attribute__((vector_size(vector_bytes / 2)));
 
