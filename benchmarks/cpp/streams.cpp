@@ -56,32 +56,37 @@ __attribute__((target("avx512f"))) void stream512(const Words& a, std::int64_t b
 }
 
 template <int reads, int writes, bool non_temporal>
-__attribute__((target("avx2"))) void stream256(const Words& a, std::int64_t begin,
-                                               std::int64_t end) {
+__attribute__((target("avx2"), always_inline)) inline void move256(const Words& a, std::int64_t i) {
   const auto load = [](const std::int32_t* p) __attribute__((target("avx2"), always_inline)) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   };
-  for (std::int64_t i = begin; i + 8 <= end; i += 8) {
-    __m256i v = load(a.in[0] + i);
-    if (reads == 2) v = _mm256_add_epi32(v, load(a.in[1] + i));
-    for (int k = 0; k < writes; ++k) {
-      const auto to = reinterpret_cast<__m256i*>(a.out[k] + i);
-      if (non_temporal)
-        _mm256_stream_si256(to, v);
-      else
-        _mm256_store_si256(to, v);
-    }
+  __m256i v = load(a.in[0] + i);
+  if (reads == 2) v = _mm256_add_epi32(v, load(a.in[1] + i));
+  for (int k = 0; k < writes; ++k) {
+    const auto to = reinterpret_cast<__m256i*>(a.out[k] + i);
+    if (non_temporal)
+      _mm256_stream_si256(to, v);
+    else
+      _mm256_store_si256(to, v);
   }
+}
+
+template <int reads, int writes, bool non_temporal>
+__attribute__((target("avx2"))) void stream256(const Words& a, std::int64_t begin,
+                                               std::int64_t end) {
+  for (std::int64_t i = begin; i + 8 <= end; i += 8) move256<reads, writes, non_temporal>(a, i);
   if (non_temporal) _mm_sfence();
 }
 
 // What any BatchNorm of float32 in training has to do at least: sums of x and x^2, or of g and g x
 // (`products`), as doubles; then one result for each value. Without channels, in blocks that stay
 // in the cache of a core; the next block is fetched meanwhile.
+constexpr std::int64_t two_passes_block = 16384;
+
 template <bool products, int reads, int writes, bool non_temporal>
 __attribute__((target("avx512f"))) void two_passes512(const Words& a, std::int64_t first,
                                                       std::int64_t last) {
-  constexpr std::int64_t block = 32768;
+  constexpr std::int64_t block = two_passes_block;
   const auto wide = [](const std::int32_t* p) __attribute__((target("avx512f"), always_inline)) {
     return _mm512_cvtps_pd(_mm256_loadu_ps(reinterpret_cast<const float*>(p)));
   };
@@ -111,6 +116,41 @@ __attribute__((target("avx512f"))) void two_passes512(const Words& a, std::int64
   }
   asm volatile("" : : "m"(sums));
 }
+
+template <bool products, int reads, int writes, bool non_temporal>
+__attribute__((target("avx2,fma"))) void two_passes256(const Words& a, std::int64_t first,
+                                                       std::int64_t last) {
+  constexpr std::int64_t block = two_passes_block;
+  const auto wide = [](const std::int32_t* p) __attribute__((target("avx2,fma"), always_inline)) {
+    return _mm256_cvtps_pd(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
+  };
+  __m256d total[4]{}, product[4]{};
+  for (std::int64_t begin = first; begin < last; begin += block) {
+    const std::int64_t size = begin + block < last ? block : last - begin;
+    const std::int64_t end = begin + size / 16 * 16;
+    for (std::int64_t i = begin; i < end; i += 16)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const __m256d v = wide(a.in[0] + i + 4 * k), w = products ? wide(a.in[1] + i + 4 * k) : v;
+        total[k] = _mm256_add_pd(total[k], v);
+        product[k] = _mm256_fmadd_pd(v, w, product[k]);
+      }
+    for (std::int64_t i = begin; i < end; i += 16) {
+      if (non_temporal)
+        for (int k = 0; k < reads; ++k)
+          _mm_prefetch(reinterpret_cast<const char*>(a.in[k] + i + block), _MM_HINT_T0);
+      move256<reads, writes, non_temporal>(a, i);
+      move256<reads, writes, non_temporal>(a, i + 8);
+    }
+  }
+  if (non_temporal) _mm_sfence();
+  // The compiler must not find out that nobody needs the sums.
+  double sums[16];
+  for (int k = 0; k < 4; ++k) {
+    _mm256_storeu_pd(sums + 4 * k, _mm256_add_pd(total[k], product[k]));
+  }
+  asm volatile("" : : "m"(sums));
+}
 #endif
 
 struct Named {
@@ -133,7 +173,11 @@ std::vector<Named> streams(bool sums) {
     }
     list.push_back({"limit avx512", stream512<reads, writes, false>});
     list.push_back({"limit avx512 non-temporal", stream512<reads, writes, true>});
-  } else if (__builtin_cpu_supports("avx2")) {
+  } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (sums) {
+      list.push_back({"two passes", two_passes256<products, reads, writes, false>});
+      list.push_back({"two passes non-temporal", two_passes256<products, reads, writes, true>});
+    }
     list.push_back({"limit avx2", stream256<reads, writes, false>});
     list.push_back({"limit avx2 non-temporal", stream256<reads, writes, true>});
   }
