@@ -44,6 +44,28 @@ double wanted_center(const ShiftedSums& s, double count) {
   return good ? 0 : static_cast<double>(static_cast<Compute<S>>(s.total / count));
 }
 
+// Sums of products. Where there are registers for two, their additions wait less for each other.
+template <bool two = many_registers>
+struct ProductSums {
+  Vectors<f64v, (two ? 2 : 1) * sizeof(Pack<double>) / vector_bytes> all;
+
+  BNEXT_INLINE Pack<double>& first() {
+    if constexpr (two)
+      return all.low;
+    else
+      return all;
+  }
+  BNEXT_INLINE Pack<double>& second() {
+    if constexpr (two)
+      return all.high;
+    else
+      return all;
+  }
+};
+
+// In place of a center, where there is none.
+struct NoCenter {};
+
 // Accumulates packs of one channel.
 template <class S, bool centered>
 struct MomentSums {
@@ -51,11 +73,14 @@ struct MomentSums {
   using Value = typename Choice<narrow, float, double>::type;
   // Packs that are added at once: where a run is split, it is after a multiple of them.
   static constexpr std::int64_t unit = narrow ? 4 : 2;
-  Pack<double> center, total, even, odd;
+  typename Choice<centered, Pack<double>, NoCenter>::type center;
+  Pack<double> total;
+  ProductSums<> squares;
 
   MomentSums() = default;  // leaves everything undefined
-  explicit BNEXT_INLINE MomentSums(double center_)
-      : center(broadcast(center_)), total{}, even{}, odd{} {}
+  explicit BNEXT_INLINE MomentSums(double center_) : total{}, squares{} {
+    if constexpr (centered) center = broadcast(center_);
+  }
 
   // Values as they are added, of a pack or the first `count` of one.
   static BNEXT_INLINE Pack<Value> values(const S* p) { return load_as<Value>(p); }
@@ -63,7 +88,7 @@ struct MomentSums {
     return as<Value>(load_first(p, count));
   }
 
-  // `count` packs at p.
+  // `count` packs at p, around one center.
   BNEXT_INLINE void add(const S* p, std::int64_t count, Ones ones) {
     if constexpr (narrow) {
       const auto add_packs = [&](std::int64_t some) __attribute__((always_inline)) {
@@ -73,14 +98,20 @@ struct MomentSums {
       for (; count >= unit; count -= unit, p += unit * lanes) add_packs(unit);
       if (count > 0) add_packs(count);
     } else {
-      std::int64_t k = 0;
-      for (; k + 2 <= count; k += 2, p += 2 * lanes) {
-        const Pack<double> a = shifted(load_wide(p)), b = shifted(load_wide(p + lanes));
-        total = add_by_multiplying(a + b, ones, total);
-        even = square_add(a, even);
-        odd = square_add(b, odd);
-      }
-      if (k < count) add(load_wide(p));
+      if constexpr (sizeof(S) >= 4)
+        for (; count >= 2; count -= 2, p += 2 * lanes)
+          by_vector(
+              0,
+              [&](std::int64_t i, f64v& sum, f64v& first, f64v& second)
+                  __attribute__((always_inline)) {
+                    const f64v a = shifted(load_wide_vector(p + i));
+                    const f64v b = shifted(load_wide_vector(p + lanes + i));
+                    sum = add_by_multiplying(a + b, ones, sum);
+                    first = square_add(a, first);
+                    second = square_add(b, second);
+                  },
+              total, squares.first(), squares.second());
+      for (; count > 0; --count, p += lanes) add(load_wide(p));
     }
   }
   // The first `count` values of a pack.
@@ -89,41 +120,46 @@ struct MomentSums {
     if constexpr (centered) x = first_lanes_of(x, count, center);
     add_each(1, [&](std::int64_t) __attribute__((always_inline)) { return x; });
   }
-  // The packs that read(0) to read(count - 1) give: one sum of squares, not two.
+  // The packs that read(0) to read(count - 1) give: the first sum of squares alone.
   template <class Read>
   BNEXT_INLINE void add_each(std::int64_t count, Read read) {
     if constexpr (narrow) {
-      Pack<float> t = read(0), squares = t * t;
+      Pack<float> t = read(0), s = t * t;
       for (std::int64_t k = 1; k < count; ++k) {
         const Pack<float> x = read(k);
         t = t + x;
-        squares = multiply_add(x, x, squares);
+        s = multiply_add(x, x, s);
       }
       total = total + widen(t);
-      even = even + widen(squares);
+      squares.first() = squares.first() + widen(s);
     } else {
       std::int64_t k = 0;
       for (; k + 2 <= count; k += 2) {
         const Pack<double> a = shifted(read(k)), b = shifted(read(k + 1));
         total = total + (a + b);
-        even = square_add(b, square_add(a, even));
+        squares.first() = square_add(b, square_add(a, squares.first()));
       }
       if (k < count) add(read(k));
     }
   }
-  BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(even + odd)}; }
+  BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(squares.all)}; }
 
  private:
   BNEXT_INLINE void add(Pack<double> x) {
     const Pack<double> a = shifted(x);
     total = total + a;
-    even = square_add(a, even);
+    squares.first() = square_add(a, squares.first());
   }
   BNEXT_INLINE Pack<double> shifted(Pack<double> x) const {
     if constexpr (centered) return x - center;
     return x;
   }
-  static BNEXT_INLINE Pack<double> square_add(Pack<double> a, Pack<double> sum) {
+  BNEXT_INLINE f64v shifted(f64v x) const {
+    if constexpr (centered) return x - first_vector(center);
+    return x;
+  }
+  template <class V>
+  static BNEXT_INLINE V square_add(V a, V sum) {
     if constexpr (centered) return a * a + sum;
     return multiply_add(a, a, sum);
   }
@@ -137,52 +173,78 @@ struct GradientSums {
   static constexpr std::int64_t unit = narrow ? 4 : 2;
   static constexpr bool shifted = narrow || !exact_products<S>;
   using Center = Addend<S>;
-  Pack<Center> center;
-  Pack<double> total, even, odd;
+  typename Choice<shifted, Pack<Center>, NoCenter>::type center;
+  Pack<double> total;
+  ProductSums<> products;
 
   GradientSums() = default;  // leaves everything undefined
-  explicit BNEXT_INLINE GradientSums(double mean)
-      : center(broadcast(static_cast<Center>(mean))), total{}, even{}, odd{} {}
+  explicit BNEXT_INLINE GradientSums(double mean) : total{}, products{} {
+    if constexpr (shifted) center = broadcast(static_cast<Center>(mean));
+  }
 
-  // Packs [k, end) of the values and of their gradients, which values(k) and gradients(k) read.
-  template <class Values, class Gradients>
-  BNEXT_INLINE void add(std::int64_t k, std::int64_t end, Values values, Gradients gradients,
-                        Ones ones) {
+  // `count` packs that gradients(k) and values(k) give.
+  template <class Gradients, class Values>
+  BNEXT_INLINE void add(std::int64_t count, Gradients gradients, Values values, Ones ones) {
+    std::int64_t k = 0;
     if constexpr (narrow) {
-      for (; k < end; k += unit)
+      for (; k < count; k += unit)
         add_each(
-            k + unit <= end ? unit : end - k,
+            k + unit <= count ? unit : count - k,
             [&](std::int64_t i) __attribute__((always_inline)) { return gradients(k + i); },
             [&](std::int64_t i) __attribute__((always_inline)) { return values(k + i); });
-    } else {
-      for (; k + 2 <= end; k += 2) {
+    } else if constexpr (many_registers) {
+      for (; k + 2 <= count; k += 2) {
         const Pack<double> a = gradients(k), b = gradients(k + 1);
         total = add_by_multiplying(a + b, ones, total);
-        even = product_add(a, values(k), even);
-        odd = product_add(b, values(k + 1), odd);
+        products.first() = product_add(a, values(k), products.first());
+        products.second() = product_add(b, values(k + 1), products.second());
       }
-      if (k < end) add(gradients(k), values(k));
+      if (k < count) add(gradients(k), values(k));
+    } else {
+      for (; k < count; ++k) add(gradients(k), values(k));
     }
   }
-  // The packs that gradients(0) to gradients(count - 1) give, and values.
+  // `count` packs at g and at x.
+  BNEXT_INLINE void add(const S* g, const S* x, std::int64_t count, Ones ones) {
+    if constexpr (narrow) {
+      add(
+          count, [&](std::int64_t k) __attribute__((always_inline)) { return load(g + k * lanes); },
+          [&](std::int64_t k) __attribute__((always_inline)) { return load(x + k * lanes); }, ones);
+    } else {
+      for (; count >= 2; count -= 2, g += 2 * lanes, x += 2 * lanes)
+        by_vector(
+            0,
+            [&](std::int64_t i, f64v& sum, f64v& first, f64v& second)
+                __attribute__((always_inline)) {
+                  const f64v a = load_wide_vector(g + i), b = load_wide_vector(g + lanes + i);
+                  sum = add_by_multiplying(a + b, ones, sum);
+                  first = product_add(a, load_wide_vector(x + i), first);
+                  second = product_add(b, load_wide_vector(x + lanes + i), second);
+                },
+            total, products.first(), products.second());
+      if (count > 0) add(load_wide(g), load_wide(x));
+    }
+  }
+  // The packs that gradients(0) to gradients(count - 1) give, and values: the first sum of products
+  // alone.
   template <class Gradients, class Values>
   BNEXT_INLINE void add_each(std::int64_t count, Gradients gradients, Values values) {
     if constexpr (narrow) {
-      Pack<float> t = gradients(0), products = t * (values(0) - center);
+      Pack<float> t = gradients(0), p = t * (values(0) - center);
       for (std::int64_t k = 1; k < count; ++k) {
         const Pack<float> g = gradients(k);
         t = t + g;
-        products = products + g * (values(k) - center);
+        p = p + g * (values(k) - center);
       }
       total = total + widen(t);
-      even = even + widen(products);
+      products.first() = products.first() + widen(p);
     } else {
       for (std::int64_t k = 0; k < count; ++k) add(gradients(k), values(k));
     }
   }
   // For a channel whose mean is `mean`.
   BNEXT_INLINE GradSums sums(double mean) const {
-    return centered_sums(sum(total), sum(even + odd), mean);
+    return centered_sums(sum(total), sum(products.all), mean);
   }
   static BNEXT_INLINE GradSums centered_sums(double g, double gx, double mean) {
     if constexpr (narrow)
@@ -193,13 +255,16 @@ struct GradientSums {
  private:
   BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
     total = total + g;
-    even = product_add(g, x, even);
+    products.first() = product_add(g, x, products.first());
   }
-  BNEXT_INLINE Pack<double> product_add(Pack<double> g, Pack<double> x, Pack<double> sum) const {
+  BNEXT_INLINE Pack<double> centered(Pack<double> x) const { return x - center; }
+  BNEXT_INLINE f64v centered(f64v x) const { return x - first_vector(center); }
+  template <class V>
+  BNEXT_INLINE V product_add(V g, V x, V sum) const {
     if constexpr (exact_products<S>)
       return multiply_add(g, x, sum);
     else
-      return g * (x - center) + sum;
+      return g * centered(x) + sum;
   }
 };
 
@@ -292,27 +357,37 @@ struct Runs {
   template <class T>
   Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
     if (!grid.streaming || x == nullptr) return {nullptr, nullptr};
-    const T* end = x + offset(block, channels - 1) + length;
-    return {end, block + 1 < blocks ? x + offset(block + 1, 0) : end};
+    return ahead_of(x, block, block + 1 < blocks ? block + 1 : block);
   }
   // The same going backwards, for an array that may be none.
   template <class T>
   Ahead<T> ahead_backwards(const T* x, std::int64_t block) const {
     if (x == nullptr) return {nullptr, nullptr};
-    const T* end = x + offset(block, channels - 1) + length;
-    return {end, block > 0 ? x + offset(block - 1, 0) : end};
+    return ahead_of(x, block, block > 0 ? block - 1 : block);
   }
 
  private:
+  template <class T>
+  Ahead<T> ahead_of(const T* x, std::int64_t block, std::int64_t next) const {
+    const T* end = x + offset(block, channels - 1) + length;
+    const std::int64_t size = end - (x + offset(block, 0));
+    return {end, next == block ? end : x + offset(next, 0),
+            size < prefetch_distance<T> ? size : prefetch_distance<T>};
+  }
+
   std::int64_t between_channels, between_samples, pieces, first_number, channels_in_all, start;
 };
 
 // Where nothing has fetched a run before the only or the second pass over it.
 template <class T>
 Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
-  if (!grid.streaming) return {nullptr, nullptr};
+  if (!grid.streaming || grid.sum_next) return {nullptr, nullptr};
   return {run + length, run + length};
 }
+
+// How much is summed at once on the way of writing something else: more where the sums have to be
+// fetched and put back each time.
+constexpr std::int64_t units_on_the_way = many_registers ? 1 : 4;
 
 // The sums of a tile, run after run: all at once, or a bit at a time on the way of something else.
 // The runs of a channel must come in the order of their blocks.
@@ -345,23 +420,26 @@ class MomentTile {
     Ahead<S> ahead;
     Ones ones;
 
+    static constexpr std::int64_t step = units_on_the_way * Sums::unit * lanes;
+
     // Whole steps.
     BNEXT_INLINE void add_until(std::int64_t end) {
-      constexpr std::int64_t step = Sums::unit * lanes;
       if (end > length) end = length;
-      for (; i + step <= end; i += step) {
-        ahead.fetch(from + i, step);
-        sums.add(from + i, Sums::unit, ones);
-      }
+      while (i + step <= end) add(step);
     }
     BNEXT_INLINE void finish() {
       if (home == nullptr) return;
-      add_until(length);
-      const std::int64_t rest = (length - i) % lanes;
-      if (i < length) ahead.fetch(from + i, length - i);
-      sums.add(from + i, (length - i) / lanes, ones);
-      if (rest > 0) sums.add_first(from + length - rest, rest);
+      const std::int64_t rest = length % lanes, whole = length - rest;
+      while (i < whole) add(whole - i < step ? whole - i : step);
+      if (rest > 0) sums.add_first(from + whole, rest);
       *home = sums;
+    }
+
+   private:
+    BNEXT_INLINE void add(std::int64_t count) {
+      ahead.fetch(from + i, count);
+      sums.add(from + i, count / lanes, ones);
+      i += count;
     }
   };
   BNEXT_INLINE Run run(std::int64_t block, std::int64_t channel) {
@@ -503,20 +581,17 @@ class GradTile {
     Ahead<S> ahead_g, ahead_x;
     Ones ones;
 
+    // What is a call is worth some more values.
+    static constexpr std::int64_t step = (Tail::plain ? units_on_the_way : 4) * Sums::unit * lanes;
+
     BNEXT_INLINE void add_until(std::int64_t end) {
-      // What is a call is worth some more values.
-      constexpr std::int64_t step = (Tail::plain ? 1 : 4) * Sums::unit * lanes;
       if (end > length) end = length;
-      for (; i + step <= end; i += step) add(step);
+      while (i + step <= end) add(step);
     }
     BNEXT_INLINE void finish() {
       if (home == nullptr) return;
-      add_until(length);
-      const std::int64_t rest = (length - i) % lanes, whole = length - i - rest;
-      if (whole > 0) {
-        add(whole);
-        i += whole;
-      }
+      const std::int64_t rest = length % lanes, whole = length - rest;
+      while (i < whole) add(whole - i < step ? whole - i : step);
       if (rest > 0) {
         tail.ready(length);
         const F coefficients = f;
@@ -538,6 +613,7 @@ class GradTile {
         add_to(sums, count);
       else
         add_once(count);
+      i += count;
     }
     __attribute__((noinline)) void add_once(std::int64_t count) {
       Sums local = sums;  // reads of bytes, which may be anything's, cannot mean these
@@ -550,17 +626,22 @@ class GradTile {
       tail.fetch(i, count);
       tail.ready(i + count);
       const F coefficients = f;
-      to.add(
-          i / lanes, (i + count) / lanes,
-          [&](std::int64_t k)
-              __attribute__((always_inline)) { return values_of(tail, x + k * lanes); },
-          [&](std::int64_t k) __attribute__((always_inline)) {
-            if constexpr (Tail::linear)
-              return load_as<Addend<S>>(g + k * lanes);
-            else
-              return gradients_of(tail, g, x, k * lanes, [&](auto) { return coefficients; });
-          },
-          ones);
+      const std::int64_t from = i;
+      if constexpr (Tail::linear && !Tail::Run::invertible)
+        to.add(g + from, x + from, count / lanes, ones);
+      else
+        to.add(
+            count / lanes,
+            [&](std::int64_t k) __attribute__((always_inline)) {
+              if constexpr (Tail::linear)
+                return load_as<Addend<S>>(g + from + k * lanes);
+              else
+                return gradients_of(tail, g, x, from + k * lanes,
+                                    [&](auto) { return coefficients; });
+            },
+            [&](std::int64_t k)
+                __attribute__((always_inline)) { return values_of(tail, x + from + k * lanes); },
+            ones);
     }
   };
   BNEXT_INLINE Run run(std::int64_t block, std::int64_t channel) {
@@ -616,12 +697,8 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
 
 // Writes a gradient that is a result of its own on the way to another.
 template <class S, class V, class P>
-BNEXT_INLINE void write_also(S* to, V v, P at, bool streaming) {
-  if (to == nullptr) return;
-  if (streaming)
-    at.stream(v, to);
-  else
-    at.write(v, to);
+BNEXT_INLINE void write_also(S* to, V v, P at) {
+  if (to != nullptr) at.write(v, to);
 }
 
 template <class S, class Tail, class Tile>
@@ -647,12 +724,13 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
       auto summed = next.run(runs.blocks - 1 - b, c);
       shared.continues = runs.lines_continue<S>(c);
       write<1, !Tail::plain>(
-          grad_x + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return k; },
+          grad_x + offset, 0, runs.length, grid.streaming, &shared,
+          [&](auto) -> const auto& { return k; },
           [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
             const auto v = run.input(at(values));
             const auto through = run.gradient(
                 at(g), at, [&]() __attribute__((always_inline)) { return apply(f, v); });
-            write_also(also, through, at, grid.streaming);
+            write_also(also, through, at);
             return apply(affine, through, v);
           },
           [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
@@ -751,10 +829,10 @@ BNEXT_INLINE void add_columns(std::int64_t count, const double* center, Read rea
   MomentSums<S, centered> sums(0);
   if constexpr (centered) sums.center = load(center);
   sums.total = load(total);
-  sums.even = load(squares);
+  sums.squares.first() = load(squares);
   sums.add_each(count, read);
   store(sums.total, total);
-  store(sums.even, squares);
+  store(sums.squares.first(), squares);
 }
 
 template <class S, bool centered>
@@ -902,7 +980,7 @@ template <class S>
 class RowsBefore {
  public:
   RowsBefore(const Grid& grid, std::int64_t chunk)
-      : distance_(prefetch_bytes / (grid.width * static_cast<std::int64_t>(sizeof(S))) + 1),
+      : distance_(prefetch_distance<S> / grid.width + 1),
         width_(grid.width),
         first_(grid.fetch_rows ? grid.first_row(chunk) + distance_ : grid.rows) {}
 
@@ -958,10 +1036,10 @@ BNEXT_INLINE void add_grad_columns(std::int64_t count,
   GradientSums<S> sums(0);
   if constexpr (GradientSums<S>::shifted) sums.center = load(center);
   sums.total = load(total);
-  sums.even = load(products);
+  sums.products.first() = load(products);
   sums.add_each(count, read_g, read_x);
   store(sums.total, total);
-  store(sums.even, products);
+  store(sums.products.first(), products);
 }
 
 template <class S, class Tail>
@@ -1057,7 +1135,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
               const auto through = run.gradient(
                   at(grad_y + offset + row * grid.width), at,
                   [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
-              write_also(also, through, at, grid.streaming);
+              write_also(also, through, at);
               return apply(affine.backward, through, v);
             },
             [&](std::int64_t i, std::int64_t count) {
@@ -1074,7 +1152,8 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
 // Loops that would take too much code if they also made the next sums on their way: those are made
 // after them.
 template <class S, class Tail>
-constexpr bool sums_after = compact || (!Tail::plain && sizeof(S) == 8);
+constexpr bool sums_after =
+    compact || (!Tail::plain && (many_registers ? sizeof(S) == 8 : sizeof(S) != 4));
 
 template <class S>
 void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "bnext/runtime.hpp"
+#include "cpu/parallel.hpp"
 
 namespace bnext {
 namespace {
@@ -13,7 +14,6 @@ constexpr std::int64_t chunk_values = 16384;  // of one channel, in rows
 constexpr std::int64_t chunk_area = 65536;    // of all columns of a group, at least
 constexpr std::int64_t enough_chunks = 32;    // more only cost time to merge
 constexpr std::int64_t long_run = 4096;  // values; shorter ones are over before prefetch starts
-constexpr std::int64_t group_bytes = 1 << 19;  // half the cache of a core
 constexpr std::int64_t enough_groups = 32;
 constexpr std::int64_t vector_width = 16;
 constexpr std::int64_t merge_values = 256;     // of one channel; fewer are not worth merging
@@ -55,8 +55,9 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
     // Neighbouring channels make long contiguous runs, as long as the second pass still finds
     // them in the cache and there are groups enough for every thread.
     const std::int64_t channel_bytes = std::max<std::int64_t>(1, p.per_channel() * tensors * item);
-    grid.group_channels = std::min({divide_up(long_run, p.s), group_bytes / channel_bytes,
-                                    p.c / enough_groups, Grid::max_group_channels});
+    grid.group_channels =
+        std::min({divide_up(long_run, p.s), core_cache_bytes() / 2 / channel_bytes,
+                  p.c / enough_groups, Grid::max_group_channels});
     grid.group_channels = std::max<std::int64_t>(1, grid.group_channels);
     // Whole lines, or at least long runs: what is streamed of a line must be all of it.
     const std::int64_t whole = line_bytes / std::gcd(p.s * item, line_bytes);

@@ -70,6 +70,14 @@ void run_share(const Phase& phase, std::int64_t thread, std::int64_t threads) {
 #endif
 }
 
+// Of level 2 or 3, as the system reports it; 0 if it does not. What sysconf says counts the caches
+// of processors that are not ours.
+std::int64_t bytes_of_cache(int level) {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(level) + "/size");
+  std::int64_t kilobytes = 0;
+  return file >> kilobytes ? kilobytes << 10 : 0;
+}
+
 }  // namespace
 
 std::int64_t cache_bytes() {
@@ -82,14 +90,16 @@ std::int64_t cache_bytes() {
                                     forced + "'");
       return static_cast<std::int64_t>(value);
     }
-    // What sysconf says counts the caches of processors that are not ours.
-    std::int64_t kilobytes = 0;
-    for (const char* level : {"2", "3"}) {
-      std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/index") + level + "/size");
-      std::int64_t size = 0;
-      if (file >> size) kilobytes = std::max(kilobytes, size);
-    }
-    return kilobytes > 0 ? kilobytes << 10 : std::int64_t{32} << 20;
+    const std::int64_t largest = std::max(bytes_of_cache(2), bytes_of_cache(3));
+    return largest > 0 ? largest : std::int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
+std::int64_t core_cache_bytes() {
+  static const std::int64_t bytes = [] {
+    const std::int64_t size = bytes_of_cache(2);
+    return size > 0 ? size : std::int64_t{1} << 20;
   }();
   return bytes;
 }

@@ -5,6 +5,9 @@
 
 namespace bnext {
 
+// Bytes of the cache that a core has to itself, as the system reports them.
+std::int64_t core_cache_bytes();
+
 // Calls of body(context, i) for i in [0, count), by each thread in rising order or, `backwards`, in
 // falling order. Which thread takes which i is not fixed: bodies must not depend on it. But phases
 // of equal counts share them out alike, so that a thread finds in the cache of its own core what it

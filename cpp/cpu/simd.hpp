@@ -28,6 +28,9 @@ constexpr int vector_bytes = 16;
 // is large is not inlined there.
 constexpr bool compact = vector_bytes == 16;
 
+// 32, not 16: a loop has room for more sums than it writes results from.
+constexpr bool many_registers = vector_bytes == 64;
+
 constexpr std::int64_t lanes = 16;
 
 template <class T>
@@ -467,14 +470,17 @@ BNEXT_INLINE Ones ones_not_known_to_the_compiler() {
 #endif
   return one;
 }
-BNEXT_INLINE Vectors<f64v, 1> add_by_multiplying(Vectors<f64v, 1> a, Ones ones,
-                                                 Vectors<f64v, 1> b) {
+BNEXT_INLINE f64v add_by_multiplying(f64v a, Ones ones, f64v b) {
 #if defined(__AVX2__)
-  return {multiply_add(a.only, ones, b.only)};
+  return multiply_add(a, ones, b);
 #else
   (void)ones;
-  return {a.only + b.only};
+  return a + b;
 #endif
+}
+BNEXT_INLINE Vectors<f64v, 1> add_by_multiplying(Vectors<f64v, 1> a, Ones ones,
+                                                 Vectors<f64v, 1> b) {
+  return {add_by_multiplying(a.only, ones, b.only)};
 }
 template <int n>
 BNEXT_INLINE Vectors<f64v, n> add_by_multiplying(Vectors<f64v, n> a, Ones ones,
@@ -530,6 +536,27 @@ struct Access<Vectors<V, n>> {
   }
 };
 
+template <class V>
+BNEXT_INLINE V first_vector(Vectors<V, 1> v) {
+  return v.only;
+}
+template <class V, int n>
+BNEXT_INLINE V first_vector(Vectors<V, n> v) {
+  return first_vector(v.low);
+}
+
+// Calls f(i, vectors...) with the vectors of some packs that belong together, of the elements from
+// i on: done vector after vector, a step takes fewer registers than pack after pack.
+template <class F, class V, int n, class... Others>
+BNEXT_INLINE void by_vector(std::int64_t i, F f, Vectors<V, n>& first, Others&... others) {
+  if constexpr (n == 1) {
+    f(i, first.only, others.only...);
+  } else {
+    by_vector(i, f, first.low, others.low...);
+    by_vector(i + half_length<V, n>, f, first.high, others.high...);
+  }
+}
+
 // Sixteen values of type S from memory.
 template <class S>
 BNEXT_INLINE Pack<Compute<S>> load(const S* p) {
@@ -580,6 +607,14 @@ BNEXT_INLINE Pack<double> load_wide(const float* p) {
   return Access<Pack<double>>::widened(p);
 }
 
+// A vector of doubles, from memory.
+BNEXT_INLINE f64v load_wide_vector(const float* p) {
+  return load_widened(p);
+}
+BNEXT_INLINE f64v load_wide_vector(const double* p) {
+  return load_vector<f64v>(p);
+}
+
 // Of another type that is no narrower.
 template <class A, class P>
 BNEXT_INLINE Pack<A> as(P v) {
@@ -621,7 +656,8 @@ BNEXT_INLINE double sum(Vectors<f64v, n> v) {
 
 // Some processors fetch too little ahead from memory, or stop at every page: the kernels do it
 // themselves where a tensor exceeds the caches.
-constexpr std::int64_t prefetch_bytes = 4096;
+template <class T>
+constexpr std::int64_t prefetch_distance = 4096 / sizeof(T);
 
 // Elements of a line of the caches.
 template <class T>
@@ -635,16 +671,18 @@ BNEXT_INLINE void fetch(const T* p, std::int64_t count) {
   __asm__ volatile("");
 }
 
-// Fetches what lies prefetch_bytes after p, where p runs through blocks of memory: what would lie
-// after the end of this block lies at the start of the next one instead. Null: nothing to fetch.
+// Fetches what lies `distance` elements after p, where p runs through blocks of memory no shorter
+// than that: what would lie after the end of this block lies at the start of the next one instead.
+// Null: nothing to fetch.
 template <class T>
 struct Ahead {
   const T* end;
   const T* next;
+  std::int64_t distance = prefetch_distance<T>;
 
   BNEXT_INLINE void fetch(const T* p, std::int64_t count) const {
     if (next == nullptr) return;
-    const T* q = p + prefetch_bytes / static_cast<std::int64_t>(sizeof(T));
+    const T* q = p + distance;
     if (q >= end) q = next + (q - end);
     bnext::fetch(q, count);
   }
@@ -664,13 +702,6 @@ struct Place {
     return load_values(row + i);
   }
   BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const { store_values(v, row + i); }
-  // Past the caches, where that is possible.
-  BNEXT_INLINE void stream(Vector<S> v, S* __restrict row) const {
-    if (reinterpret_cast<std::uintptr_t>(row + i) % (vector_length<S> * sizeof(S)) == 0)
-      stream_values(v, row + i);
-    else
-      write(v, row);
-  }
 };
 template <class S>
 struct PartialPlace {
@@ -683,7 +714,40 @@ struct PartialPlace {
   BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const {
     store_values_first(v, count, row + i);
   }
-  BNEXT_INLINE void stream(Vector<S> v, S* __restrict row) const { write(v, row); }
+};
+
+// Writes a line past the caches, if it is one of theirs.
+template <class S>
+BNEXT_INLINE void write_line(const S* values, S* to) {
+  constexpr std::int64_t vectors = 64 / vector_bytes, part = line_length<S> / vectors;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
+  for (std::int64_t k = 0; k < vectors; ++k) {
+    const auto v = load_vector<u32v>(values + k * part);
+    if (aligned)
+      stream_vector(to + k * part, v);
+    else
+      store_vector(v, to + k * part);
+  }
+}
+
+// A line of another result, put together while one is streamed: parts of two in turns take many
+// times as long.
+template <class S>
+struct OtherLine {
+  S* to = nullptr;
+  alignas(64) S values[line_length<S>];
+};
+
+// A place in a line that is streamed, which began at `begin`.
+template <class S>
+struct StreamedPlace : Place<S> {
+  std::int64_t begin;
+  OtherLine<S>* other;
+
+  BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const {
+    other->to = row + begin;
+    store_values(v, other->values + (this->i - begin));
+  }
 };
 
 // Elements from p to the first line that begins there or later.
@@ -723,10 +787,12 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
                         SharedLine<S>* shared, Coefficients coefficients, Value value,
                         Before before) {
   constexpr bool large = much || compact || sizeof(S) != 4;
-  constexpr std::int64_t line = line_length<S>, step = 2 * line;
-  constexpr std::int64_t block = large || rows > 1 ? step : 4 * line;
+  constexpr std::int64_t line = line_length<S>;
+  constexpr std::int64_t block = (large || rows > 1 ? 2 : 4) * line;
+  // A few lines at a time are streamed, so that reads and writes are under way together.
+  constexpr std::int64_t step = (large || many_registers ? 2 : 8) * line;
   const auto write_at = [&](auto place, S* __restrict at) __attribute__((always_inline)) {
-    const auto k = coefficients(place);
+    const auto& k = coefficients(place);
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) place.write(value(k, place, row), at + row * stride);
   };
@@ -735,19 +801,21 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
     each_place<S>(begin, end,
                   [&](auto place) __attribute__((always_inline)) { write_at(place, at); });
   };
-  const auto stream_at = [&](std::int64_t at, int row) __attribute__((always_inline)) {
-    const Place<S> place{at};
-    stream_values(value(coefficients(place), place, row), to + row * stride + at);
-  };
-  const auto stream_lines = [&](std::int64_t begin,
-                                std::int64_t end) __attribute__((always_inline)) {
-    for (int row = 0; row < rows; ++row)
+  const auto stream_line = [&](std::int64_t begin) __attribute__((always_inline)) {
+    for (int row = 0; row < rows; ++row) {
+      OtherLine<S> other;
+      const auto stream_at = [&](std::int64_t at) __attribute__((always_inline)) {
+        const StreamedPlace<S> place{{at}, begin, &other};
+        stream_values(value(coefficients(place), place, row), to + row * stride + at);
+      };
       if constexpr (large)
 #pragma GCC unroll 1
-        for (std::int64_t at = begin; at < end; at += vector_length<S>) stream_at(at, row);
+        for (std::int64_t at = begin; at < begin + line; at += vector_length<S>) stream_at(at);
       else
 #pragma GCC unroll 8
-        for (std::int64_t at = begin; at < end; at += vector_length<S>) stream_at(at, row);
+        for (std::int64_t at = begin; at < begin + line; at += vector_length<S>) stream_at(at);
+      if (other.to != nullptr) write_line(other.values, other.to);
+    }
   };
 
   // Whole lines between the ends: a store across two of them costs twice, and cannot be streamed.
@@ -769,22 +837,17 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
     }
     if (part == 1) return;
     if (begun) {
-      constexpr std::int64_t vectors = 64 / vector_bytes;
-      for (std::int64_t k = 0; k < vectors; ++k)
-        stream_vector(to + head - line + k * line / vectors,
-                      load_vector<u32v>(shared->values + k * line / vectors));
+      write_line(shared->values, to + head - line);
       shared->begun = false;
     }
     if (streaming) {
-      // A few lines at a time, so that reads and writes are under way together.
       const std::int64_t whole = i + (length - i) / line * line;
-      for (std::int64_t asked = i; i < whole; i += line) {
-        if (i == asked) {
-          const std::int64_t count = whole - i < step ? whole - i : step;
-          before(i, count);
-          asked += count;
-        }
-        stream_lines(i, i + line);
+      while (i < whole) {
+        const std::int64_t count = whole - i < step ? whole - i : step;
+        before(i, count);
+        const std::int64_t until = i + count;
+#pragma GCC unroll 1
+        for (; i < until; i += line) stream_line(i);
       }
     } else {
       for (; i + block <= length; i += block) {
