@@ -98,7 +98,11 @@ void add_onednn(const Op& op, Arrays& arrays, std::vector<Contender>& contenders
       add_layout("nhwc", Tag::nhwc, false, op, arrays, contenders);
     } else {
       add_layout("nchw", Tag::nchw, false, op, arrays, contenders);
-      add_layout("nChw16c", Tag::nChw16c, true, op, arrays, contenders);
+      // Its blocks are as long as its vectors; for others it has nothing but slow loops.
+      if (dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core)
+        add_layout("nChw16c", Tag::nChw16c, true, op, arrays, contenders);
+      else
+        add_layout("nChw8c", Tag::nChw8c, true, op, arrays, contenders);
     }
   } catch (const dnnl::error& error) {
     if (error.status != dnnl_unimplemented) throw;  // a dtype that it has only on other processors
