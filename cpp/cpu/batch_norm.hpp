@@ -356,7 +356,7 @@ struct Runs {
   // What the end of a block is followed by, going forwards.
   template <class T>
   Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
-    if (!grid.streaming || x == nullptr) return {nullptr, nullptr};
+    if (!grid.far || x == nullptr) return {nullptr, nullptr};
     return ahead_of(x, block, block + 1 < blocks ? block + 1 : block);
   }
   // The same going backwards, for an array that may be none.

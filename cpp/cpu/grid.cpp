@@ -48,6 +48,7 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   grid.problem = p;
   grid.replicas = grid.pieces = 1;
   grid.streaming = worth_streaming(tensors * p.size() * item);
+  grid.far = tensors * p.size() * item > core_cache_bytes();
   if (p.s == 1) grid.problem.channels_last = true;  // the same memory
   grid.columns = grid.problem.channels_last || p.s < short_row;
 
