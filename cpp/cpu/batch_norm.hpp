@@ -44,25 +44,6 @@ double wanted_center(const ShiftedSums& s, double count) {
   return good ? 0 : static_cast<double>(static_cast<Compute<S>>(s.total / count));
 }
 
-// Sums of products. Where there are registers for two, their additions wait less for each other.
-template <bool two = many_registers>
-struct ProductSums {
-  Vectors<f64v, (two ? 2 : 1) * sizeof(Pack<double>) / vector_bytes> all;
-
-  BNEXT_INLINE Pack<double>& first() {
-    if constexpr (two)
-      return all.low;
-    else
-      return all;
-  }
-  BNEXT_INLINE Pack<double>& second() {
-    if constexpr (two)
-      return all.high;
-    else
-      return all;
-  }
-};
-
 // In place of a center, where there is none.
 struct NoCenter {};
 
@@ -75,10 +56,11 @@ struct MomentSums {
   static constexpr std::int64_t unit = narrow ? 4 : 2;
   typename Choice<centered, Pack<double>, NoCenter>::type center;
   Pack<double> total;
-  ProductSums<> squares;
+  // Two sums: their additions wait less for each other.
+  Pack<double> squares, more_squares;
 
   MomentSums() = default;  // leaves everything undefined
-  explicit BNEXT_INLINE MomentSums(double center_) : total{}, squares{} {
+  explicit BNEXT_INLINE MomentSums(double center_) : total{}, squares{}, more_squares{} {
     if constexpr (centered) center = broadcast(center_);
   }
 
@@ -110,7 +92,7 @@ struct MomentSums {
                     first = square_add(a, first);
                     second = square_add(b, second);
                   },
-              total, squares.first(), squares.second());
+              total, squares, more_squares);
       for (; count > 0; --count, p += lanes) add(load_wide(p));
     }
   }
@@ -131,24 +113,24 @@ struct MomentSums {
         s = multiply_add(x, x, s);
       }
       total = total + widen(t);
-      squares.first() = squares.first() + widen(s);
+      squares = squares + widen(s);
     } else {
       std::int64_t k = 0;
       for (; k + 2 <= count; k += 2) {
         const Pack<double> a = shifted(read(k)), b = shifted(read(k + 1));
         total = total + (a + b);
-        squares.first() = square_add(b, square_add(a, squares.first()));
+        squares = square_add(b, square_add(a, squares));
       }
       if (k < count) add(read(k));
     }
   }
-  BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(squares.all)}; }
+  BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(squares + more_squares)}; }
 
  private:
   BNEXT_INLINE void add(Pack<double> x) {
     const Pack<double> a = shifted(x);
     total = total + a;
-    squares.first() = square_add(a, squares.first());
+    squares = square_add(a, squares);
   }
   BNEXT_INLINE Pack<double> shifted(Pack<double> x) const {
     if constexpr (centered) return x - center;
@@ -175,10 +157,10 @@ struct GradientSums {
   using Center = Addend<S>;
   typename Choice<shifted, Pack<Center>, NoCenter>::type center;
   Pack<double> total;
-  ProductSums<> products;
+  Pack<double> products, more_products;
 
   GradientSums() = default;  // leaves everything undefined
-  explicit BNEXT_INLINE GradientSums(double mean) : total{}, products{} {
+  explicit BNEXT_INLINE GradientSums(double mean) : total{}, products{}, more_products{} {
     if constexpr (shifted) center = broadcast(static_cast<Center>(mean));
   }
 
@@ -192,16 +174,14 @@ struct GradientSums {
             k + unit <= count ? unit : count - k,
             [&](std::int64_t i) __attribute__((always_inline)) { return gradients(k + i); },
             [&](std::int64_t i) __attribute__((always_inline)) { return values(k + i); });
-    } else if constexpr (many_registers) {
+    } else {
       for (; k + 2 <= count; k += 2) {
         const Pack<double> a = gradients(k), b = gradients(k + 1);
         total = add_by_multiplying(a + b, ones, total);
-        products.first() = product_add(a, values(k), products.first());
-        products.second() = product_add(b, values(k + 1), products.second());
+        products = product_add(a, values(k), products);
+        more_products = product_add(b, values(k + 1), more_products);
       }
       if (k < count) add(gradients(k), values(k));
-    } else {
-      for (; k < count; ++k) add(gradients(k), values(k));
     }
   }
   // `count` packs at g and at x.
@@ -221,7 +201,7 @@ struct GradientSums {
                   first = product_add(a, load_wide_vector(x + i), first);
                   second = product_add(b, load_wide_vector(x + lanes + i), second);
                 },
-            total, products.first(), products.second());
+            total, products, more_products);
       if (count > 0) add(load_wide(g), load_wide(x));
     }
   }
@@ -237,14 +217,14 @@ struct GradientSums {
         p = p + g * (values(k) - center);
       }
       total = total + widen(t);
-      products.first() = products.first() + widen(p);
+      products = products + widen(p);
     } else {
       for (std::int64_t k = 0; k < count; ++k) add(gradients(k), values(k));
     }
   }
   // For a channel whose mean is `mean`.
   BNEXT_INLINE GradSums sums(double mean) const {
-    return centered_sums(sum(total), sum(products.all), mean);
+    return centered_sums(sum(total), sum(products + more_products), mean);
   }
   static BNEXT_INLINE GradSums centered_sums(double g, double gx, double mean) {
     if constexpr (narrow)
@@ -255,7 +235,7 @@ struct GradientSums {
  private:
   BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
     total = total + g;
-    products.first() = product_add(g, x, products.first());
+    products = product_add(g, x, products);
   }
   BNEXT_INLINE Pack<double> centered(Pack<double> x) const { return x - center; }
   BNEXT_INLINE f64v centered(f64v x) const { return x - first_vector(center); }
@@ -829,10 +809,10 @@ BNEXT_INLINE void add_columns(std::int64_t count, const double* center, Read rea
   MomentSums<S, centered> sums(0);
   if constexpr (centered) sums.center = load(center);
   sums.total = load(total);
-  sums.squares.first() = load(squares);
+  sums.squares = load(squares);
   sums.add_each(count, read);
   store(sums.total, total);
-  store(sums.squares.first(), squares);
+  store(sums.squares, squares);
 }
 
 template <class S, bool centered>
@@ -1036,10 +1016,10 @@ BNEXT_INLINE void add_grad_columns(std::int64_t count,
   GradientSums<S> sums(0);
   if constexpr (GradientSums<S>::shifted) sums.center = load(center);
   sums.total = load(total);
-  sums.products.first() = load(products);
+  sums.products = load(products);
   sums.add_each(count, read_g, read_x);
   store(sums.total, total);
-  store(sums.products.first(), products);
+  store(sums.products, products);
 }
 
 template <class S, class Tail>
