@@ -78,11 +78,12 @@ __attribute__((target("avx2"))) void stream256(const Words& a, std::int64_t begi
   if (non_temporal) _mm_sfence();
 }
 
+// Values of a block that stays in the cache of a core, together with the next one.
+constexpr std::int64_t two_passes_block = 16384;
+
 // What any BatchNorm of float32 in training has to do at least: sums of x and x^2, or of g and g x
 // (`products`), as doubles; then one result for each value. Without channels, in blocks that stay
 // in the cache of a core; the next block is fetched meanwhile.
-constexpr std::int64_t two_passes_block = 16384;
-
 template <bool products, int reads, int writes, bool non_temporal>
 __attribute__((target("avx512f"))) void two_passes512(const Words& a, std::int64_t first,
                                                       std::int64_t last) {

@@ -358,7 +358,8 @@ struct Runs {
   std::int64_t between_channels, between_samples, pieces, first_number, channels_in_all, start;
 };
 
-// Where nothing has fetched a run before the only or the second pass over it.
+// Where nothing has fetched a run before the only or the second pass over it; where sums are made
+// on the way, the first pass has left it in the cache.
 template <class T>
 Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
   if (!grid.streaming || grid.sum_next) return {nullptr, nullptr};

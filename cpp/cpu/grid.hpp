@@ -30,8 +30,8 @@ struct Grid {
   std::int64_t rows_per_chunk;  // of every chunk but perhaps the last
   std::int64_t pieces;          // rows: of each sample; more than 1 only with 1 row a chunk
   std::int64_t chunks;
-  bool streaming;   // results go past the caches; inputs come from memory, and are asked for early
-  bool far;         // inputs come from further away than the cache of a core
+  bool streaming;   // results go past the caches, and inputs come from memory
+  bool far;         // inputs lie beyond the cache of a core, and are asked for early
   bool sum_next;    // rows: the sums of the next group are made on the way of writing this one
   bool fetch_rows;  // columns: some rows fetch those that are next, contiguous ones
 

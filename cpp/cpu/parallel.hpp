@@ -5,7 +5,7 @@
 
 namespace bnext {
 
-// Bytes of the cache that a core has to itself, as the system reports them.
+// Bytes of the cache that a core has to itself, as the system reports them; else 1 MiB.
 std::int64_t core_cache_bytes();
 
 // Calls of body(context, i) for i in [0, count), by each thread in rising order or, `backwards`, in
