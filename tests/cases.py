@@ -52,7 +52,8 @@ TOLERANCE |= {
 
 # (shape, channel_axis): every boundary of the kernels. Rows are cut into chunks of 16,384 values;
 # rows shorter than 64 and channels-last become columns, at most 1,024 to a group, 65,536 values to
-# a tile, a few positions side by side where there are few channels.
+# a tile, a few positions side by side where there are few channels. Of many channels with short
+# rows, neighbours are one run.
 SHAPES = [
     ((2, 1), 1),
     ((2, 3), 1),
@@ -86,6 +87,8 @@ SHAPES = [
     ((2, 40, 41, 100), -1),
     ((9, 130, 7, 7), 1),
     ((64, 3, 9, 9), 1),
+    ((3, 70, 14, 14), 1),
+    ((2, 130, 9, 9), 1),
 ]
 
 

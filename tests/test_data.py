@@ -244,7 +244,7 @@ def test_digest_names_the_contents(tmp_path: Path) -> None:
 # Bad files
 
 TRAIN_X, TRAIN_Y, TEST_X, TEST_Y = IDX
-GZIPPED = gzip.compress(IDX[TRAIN_X])
+GZIPPED = gzip.compress(IDX[TRAIN_X], mtime=0)  # names of tests, which must not change
 UNKNOWN_TYPE = b"\0\0\x0d\x03"
 HUGE = 2**31 - 1
 
@@ -271,7 +271,11 @@ BAD_IDX = [  # file, content, reason
     (TRAIN_X + ".gz", IDX[TRAIN_X], "not a readable gzip file (BadGzipFile"),
     (TRAIN_X + ".gz", GZIPPED[:-9], "not a readable gzip file (EOFError"),
     (TRAIN_X + ".gz", GZIPPED[:10] + b"\xff" * 60, "not a readable gzip file (error: Error -3"),
-    (TRAIN_X + ".gz", gzip.compress(IDX[TRAIN_X][:-2]), "too short: the header gives shape"),
+    (
+        TRAIN_X + ".gz",
+        gzip.compress(IDX[TRAIN_X][:-2], mtime=0),
+        "too short: the header gives shape",
+    ),
 ]
 
 

@@ -133,14 +133,14 @@ import hashlib
 import numpy as np
 import bnext
 from bnext import functional as F
-from cases import ACTIVATIONS, DTYPES, SHAPES
+from cases import ACTIVATIONS, DTYPES, HALF_DTYPES, SHAPES, parameter_dtype
 digest = hashlib.sha256()
 rng = np.random.default_rng(0)
-for shape, axis in [*SHAPES, ((3, 70, 14, 14), 1), ((2, 130, 9, 9), 1)]:
-    for dtype in DTYPES:
+for shape, axis in SHAPES:
+    for dtype in (*DTYPES, *HALF_DTYPES):
         x, g = rng.normal(size=(2, *shape)).astype(dtype)
         options = {"channel_axis": axis, "activation": ACTIVATIONS[len(shape) % len(ACTIVATIONS)]}
-        row = rng.normal(1, 0.1, shape[axis]).astype(dtype)
+        row = rng.normal(1, 0.1, shape[axis]).astype(parameter_dtype(dtype))
         for array in (x, x[1:]):  # aligned, and hardly
             fusion = {"residual": g[: len(array)], "dropout": 0.3}
             for more in ({}, fusion) if array.size > shape[axis] else ():

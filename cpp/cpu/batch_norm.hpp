@@ -44,24 +44,29 @@ double wanted_center(const ShiftedSums& s, double count) {
   return good ? 0 : static_cast<double>(static_cast<Compute<S>>(s.total / count));
 }
 
-// In place of a center, where there is none.
-struct NoCenter {};
+// What sums are made around, if anything: a base, since a field takes room even if it is empty, and
+// compilers copy such objects through memory.
+template <bool centered, class Center>
+struct Around {
+  Pack<Center> center;
+};
+template <class Center>
+struct Around<false, Center> {};
 
 // Accumulates packs of one channel.
 template <class S, bool centered>
-struct MomentSums {
+struct MomentSums : Around<centered, double> {
   static constexpr bool narrow = added_narrow<S> && !centered;
   using Value = typename Choice<narrow, float, double>::type;
   // Packs that are added at once: where a run is split, it is after a multiple of them.
   static constexpr std::int64_t unit = narrow ? 4 : 2;
-  typename Choice<centered, Pack<double>, NoCenter>::type center;
   Pack<double> total;
   // Two sums: their additions wait less for each other.
   Pack<double> squares, more_squares;
 
   MomentSums() = default;  // leaves everything undefined
   explicit BNEXT_INLINE MomentSums(double center_) : total{}, squares{}, more_squares{} {
-    if constexpr (centered) center = broadcast(center_);
+    if constexpr (centered) this->center = broadcast(center_);
   }
 
   // Values as they are added, of a pack or the first `count` of one.
@@ -88,9 +93,9 @@ struct MomentSums {
                   __attribute__((always_inline)) {
                     const f64v a = shifted(load_wide_vector(p + i));
                     const f64v b = shifted(load_wide_vector(p + lanes + i));
-                    sum = add_by_multiplying(a + b, ones, sum);
                     first = square_add(a, first);
                     second = square_add(b, second);
+                    sum = add_by_multiplying(a + b, ones, sum);
                   },
               total, squares, more_squares);
       for (; count > 0; --count, p += lanes) add(load_wide(p));
@@ -98,9 +103,22 @@ struct MomentSums {
   }
   // The first `count` values of a pack.
   BNEXT_INLINE void add_first(const S* p, std::int64_t count) {
-    Pack<Value> x = values_first(p, count);
-    if constexpr (centered) x = first_lanes_of(x, count, center);
-    add_each(1, [&](std::int64_t) __attribute__((always_inline)) { return x; });
+    if constexpr (sizeof(S) == 2) {
+      Pack<Value> x = values_first(p, count);
+      if constexpr (centered) x = first_lanes_of(x, count, this->center);
+      add_each(1, [&](std::int64_t) __attribute__((always_inline)) { return x; });
+    } else {
+      by_vector(
+          0,
+          [&](std::int64_t i, f64v& sum, f64v& first) __attribute__((always_inline)) {
+            if (i >= count) return;
+            f64v a = shifted(load_wide_vector_first(p + i, count - i));
+            if constexpr (centered) a = first_lanes_of(a, count - i, f64v{});
+            sum = sum + a;
+            first = square_add(a, first);
+          },
+          total, squares);
+    }
   }
   // The packs that read(0) to read(count - 1) give: the first sum of squares alone.
   template <class Read>
@@ -133,11 +151,11 @@ struct MomentSums {
     squares = square_add(a, squares);
   }
   BNEXT_INLINE Pack<double> shifted(Pack<double> x) const {
-    if constexpr (centered) return x - center;
+    if constexpr (centered) return x - this->center;
     return x;
   }
   BNEXT_INLINE f64v shifted(f64v x) const {
-    if constexpr (centered) return x - first_vector(center);
+    if constexpr (centered) return x - first_vector(this->center);
     return x;
   }
   template <class V>
@@ -150,18 +168,17 @@ struct MomentSums {
 // Accumulates gradients g and g x, or g (x - center) where products are not exact: float64 around
 // the mean, half types around the mean in float32.
 template <class S>
-struct GradientSums {
+struct GradientSums : Around<added_narrow<S> || !exact_products<S>, Addend<S>> {
   static constexpr bool narrow = added_narrow<S>;
   static constexpr std::int64_t unit = narrow ? 4 : 2;
   static constexpr bool shifted = narrow || !exact_products<S>;
   using Center = Addend<S>;
-  typename Choice<shifted, Pack<Center>, NoCenter>::type center;
   Pack<double> total;
   Pack<double> products, more_products;
 
   GradientSums() = default;  // leaves everything undefined
   explicit BNEXT_INLINE GradientSums(double mean) : total{}, products{}, more_products{} {
-    if constexpr (shifted) center = broadcast(static_cast<Center>(mean));
+    if constexpr (shifted) this->center = broadcast(static_cast<Center>(mean));
   }
 
   // `count` packs that gradients(k) and values(k) give.
@@ -197,24 +214,36 @@ struct GradientSums {
             [&](std::int64_t i, f64v& sum, f64v& first, f64v& second)
                 __attribute__((always_inline)) {
                   const f64v a = load_wide_vector(g + i), b = load_wide_vector(g + lanes + i);
-                  sum = add_by_multiplying(a + b, ones, sum);
                   first = product_add(a, load_wide_vector(x + i), first);
                   second = product_add(b, load_wide_vector(x + lanes + i), second);
+                  sum = add_by_multiplying(a + b, ones, sum);
                 },
             total, products, more_products);
       if (count > 0) add(load_wide(g), load_wide(x));
     }
+  }
+  // The first `count` values of a pack at g and at x.
+  BNEXT_INLINE void add_first(const S* g, const S* x, std::int64_t count) {
+    by_vector(
+        0,
+        [&](std::int64_t i, f64v& sum, f64v& first) __attribute__((always_inline)) {
+          if (i >= count) return;
+          const f64v a = load_wide_vector_first(g + i, count - i);
+          first = product_add(a, load_wide_vector_first(x + i, count - i), first);
+          sum = sum + a;
+        },
+        total, products);
   }
   // The packs that gradients(0) to gradients(count - 1) give, and values: the first sum of products
   // alone.
   template <class Gradients, class Values>
   BNEXT_INLINE void add_each(std::int64_t count, Gradients gradients, Values values) {
     if constexpr (narrow) {
-      Pack<float> t = gradients(0), p = t * (values(0) - center);
+      Pack<float> t = gradients(0), p = t * (values(0) - this->center);
       for (std::int64_t k = 1; k < count; ++k) {
         const Pack<float> g = gradients(k);
         t = t + g;
-        p = p + g * (values(k) - center);
+        p = p + g * (values(k) - this->center);
       }
       total = total + widen(t);
       products = products + widen(p);
@@ -237,8 +266,8 @@ struct GradientSums {
     total = total + g;
     products = product_add(g, x, products);
   }
-  BNEXT_INLINE Pack<double> centered(Pack<double> x) const { return x - center; }
-  BNEXT_INLINE f64v centered(f64v x) const { return x - first_vector(center); }
+  BNEXT_INLINE Pack<double> centered(Pack<double> x) const { return x - this->center; }
+  BNEXT_INLINE f64v centered(f64v x) const { return x - first_vector(this->center); }
   template <class V>
   BNEXT_INLINE V product_add(V g, V x, V sum) const {
     if constexpr (exact_products<S>)
@@ -294,7 +323,8 @@ BNEXT_INLINE Pack<Addend<S>> gradients_of_first(const Run& run, const S* g, cons
 
 // -- rows: some channels, in runs of contiguous values --------------------------------------------
 
-// The runs of a tile: in each of `blocks` samples, `length` values of each of `channels` channels.
+// The runs of a tile: in each of `blocks` samples, `length` values of each of `channels` channels,
+// side by side.
 struct Runs {
   std::int64_t first_channel, channels, length, blocks;
 
@@ -303,35 +333,25 @@ struct Runs {
         channels(grid.last_channel(group) - first_channel),
         length(grid.last_value(chunk) - grid.first_value(chunk)),
         blocks(grid.last_row(chunk) - grid.first_row(chunk)),
-        between_channels(grid.problem.s),
         between_samples(grid.problem.c * grid.problem.s),
-        pieces(grid.pieces),
-        first_number((grid.first_row(chunk) * grid.problem.c + first_channel) * grid.pieces +
+        between_numbers(grid.groups * grid.pieces),
+        first_number((grid.first_row(chunk) * grid.groups + group) * grid.pieces +
                      chunk % grid.pieces),
-        channels_in_all(grid.problem.c),
-        start(grid.first_row(chunk) * between_samples + first_channel * between_channels +
+        start(grid.first_row(chunk) * between_samples + first_channel * grid.problem.s +
               grid.first_value(chunk)) {}
 
-  std::int64_t offset(std::int64_t block, std::int64_t channel) const {
-    return start + block * between_samples + channel * between_channels;
-  }
+  std::int64_t run_length() const { return channels * length; }
+  std::int64_t offset(std::int64_t block) const { return start + block * between_samples; }
   // Among the runs of all tiles.
-  std::int64_t number(std::int64_t block, std::int64_t channel) const {
-    return first_number + (block * channels_in_all + channel) * pieces;
-  }
+  std::int64_t number(std::int64_t block) const { return first_number + block * between_numbers; }
   std::int64_t values() const { return blocks * length; }  // of each channel
-  // Calls body(block, channel) for the runs of a channel in `some` samples, and for all channels
-  // before it goes on to the next samples: few streams of memory.
+  // Calls body(channel, first, last) for blocks [first, last) of a channel, `some` of those from
+  // `first` on, and for all channels before it goes on to the next blocks: few streams of memory.
   template <class Body>
-  BNEXT_INLINE void each_some(std::int64_t some, Body body) const {
-    for (std::int64_t first = 0; first < blocks; first += some)
+  BNEXT_INLINE void each_some(std::int64_t first, std::int64_t some, Body body) const {
+    for (; first < blocks; first += some)
       for (std::int64_t c = 0; c < channels; ++c)
-        for (std::int64_t b = first; b < blocks && b < first + some; ++b) body(b, c);
-  }
-  // Whether the line in which the run of a channel ends goes on in that of the next channel.
-  template <class T>
-  bool lines_continue(std::int64_t channel) const {
-    return channel + 1 < channels && length == between_channels && length >= line_length<T>;
+        body(c, first, first + some < blocks ? first + some : blocks);
   }
   // What the end of a block is followed by, going forwards.
   template <class T>
@@ -349,13 +369,78 @@ struct Runs {
  private:
   template <class T>
   Ahead<T> ahead_of(const T* x, std::int64_t block, std::int64_t next) const {
-    const T* end = x + offset(block, channels - 1) + length;
-    const std::int64_t size = end - (x + offset(block, 0));
-    return {end, next == block ? end : x + offset(next, 0),
+    const std::int64_t size = run_length();
+    const T* end = x + offset(block) + size;
+    return {end, next == block ? end : x + offset(next),
             size < prefetch_distance<T> ? size : prefetch_distance<T>};
   }
 
-  std::int64_t between_channels, between_samples, pieces, first_number, channels_in_all, start;
+  std::int64_t between_samples, between_numbers, first_number, start;
+};
+
+// Coefficients of both directions.
+template <class F, class K>
+struct BothAffine {
+  F forward;
+  K backward;
+};
+
+// Those of `before` in the first n lanes, of `after` in the others.
+template <class T>
+BNEXT_INLINE Vector<T> lanes_of_two(T before, std::int64_t n, T after) {
+  return first_lanes_of(before - Vector<T>{}, n, after - Vector<T>{});
+}
+template <class T>
+BNEXT_INLINE Affine<Vector<T>> lanes_of_two(const Affine<T>& before, std::int64_t n,
+                                            const Affine<T>& after) {
+  return {lanes_of_two(before.mean, n, after.mean), lanes_of_two(before.scale, n, after.scale),
+          lanes_of_two(before.shift, n, after.shift)};
+}
+template <class T>
+BNEXT_INLINE GradAffine<Vector<T>> lanes_of_two(const GradAffine<T>& before, std::int64_t n,
+                                                const GradAffine<T>& after) {
+  return {
+      lanes_of_two(before.g_mean, n, after.g_mean), lanes_of_two(before.g_scale, n, after.g_scale),
+      lanes_of_two(before.x_mean, n, after.x_mean), lanes_of_two(before.x_scale, n, after.x_scale),
+      lanes_of_two(before.shift, n, after.shift)};
+}
+template <class T>
+BNEXT_INLINE BothAffine<Affine<Vector<T>>, GradAffine<Vector<T>>> lanes_of_two(
+    const BothAffine<Affine<T>, GradAffine<T>>& before, std::int64_t n,
+    const BothAffine<Affine<T>, GradAffine<T>>& after) {
+  return {lanes_of_two(before.forward, n, after.forward),
+          lanes_of_two(before.backward, n, after.backward)};
+}
+
+// Coefficients around the place where one channel ends and the next begins.
+template <class F>
+struct AroundBegin {
+  F before, after;
+  std::int64_t begin;
+
+  template <class P>
+  BNEXT_INLINE auto operator()(P at) const {
+    return lanes_of_two(before, begin - at.i, after);
+  }
+};
+
+// Coefficients of the channels of a row, as `write` asks for them.
+template <class F>
+struct ChannelsOfRow {
+  const F* first;
+  std::int64_t channels;
+
+  struct Same {
+    F coefficients;
+    template <class P>
+    BNEXT_INLINE const F& operator()(P) const {
+      return coefficients;
+    }
+  };
+  BNEXT_INLINE Same of(std::int64_t c) const { return {first[c]}; }
+  BNEXT_INLINE AroundBegin<F> around(std::int64_t c, std::int64_t begin) const {
+    return {first[c > 0 ? c - 1 : 0], first[c < channels ? c : channels - 1], begin};
+  }
 };
 
 // Where nothing has fetched a run before the only or the second pass over it; where sums are made
@@ -366,12 +451,19 @@ Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
   return {run + length, run + length};
 }
 
-// How much is summed at once on the way of writing something else: more where the sums have to be
-// fetched and put back each time.
-constexpr std::int64_t units_on_the_way = many_registers ? 1 : 4;
+// How much is summed at once on the way of writing something else: more where that is a call, which
+// has to fetch the sums and put them back.
+constexpr std::int64_t units_of_a_call = 4;
+constexpr std::int64_t units_on_the_way = many_registers ? 1 : units_of_a_call;
 
-// The sums of a tile, run after run: all at once, or a bit at a time on the way of something else.
-// The runs of a channel must come in the order of their blocks.
+// As many are added at once where nothing else is to be done.
+constexpr std::int64_t some_values = 256;
+
+// After the last value of any run.
+constexpr std::int64_t never = std::int64_t{1} << 62;
+
+// The sums of a tile: channel after channel, some blocks of each at once, or run after run and a
+// bit at a time on the way of something else. The blocks of a channel must come in order.
 template <class S, bool centered>
 class MomentTile {
  public:
@@ -386,7 +478,7 @@ class MomentTile {
         if (centers != nullptr)
           centers_[c] = centers[c];
         else if constexpr (!exact_products<S>)
-          centers_[c] = static_cast<double>(x[runs_.offset(0, c)]);
+          centers_[c] = static_cast<double>(x[runs_.offset(0) + c * runs_.length]);
       }
       sums_[c] = Sums(centers_[c]);
     }
@@ -394,53 +486,68 @@ class MomentTile {
 
   // One run, of which the values before `i` have been added.
   struct Run {
-    Sums sums;
-    Sums* home;  // null: there is no such run
+    Sums sums;   // of the channel that i is in
+    Sums* home;  // where they belong
     const S* from;
-    std::int64_t i, length;
+    std::int64_t i, channel_end, channel_length, length;
     Ahead<S> ahead;
     Ones ones;
 
     static constexpr std::int64_t step = units_on_the_way * Sums::unit * lanes;
 
-    // Whole steps.
+    // Whole steps, and the rest of channels that end there or before.
     BNEXT_INLINE void add_until(std::int64_t end) {
-      if (end > length) end = length;
-      while (i + step <= end) add(step);
+      if constexpr (many_registers)
+        add_until_here(end);
+      else if (i + step <= end || channel_end <= end)
+        add_until_once(end);
     }
-    BNEXT_INLINE void finish() {
-      if (home == nullptr) return;
-      const std::int64_t rest = length % lanes, whole = length - rest;
-      while (i < whole) add(whole - i < step ? whole - i : step);
-      if (rest > 0) sums.add_first(from + whole, rest);
-      *home = sums;
+    // Not among the registers that what is written needs.
+    __attribute__((noinline)) void add_until_once(std::int64_t end) { add_until_here(end); }
+    BNEXT_INLINE void add_until_here(std::int64_t end) {
+      for (;;) {
+        const std::int64_t until = end < channel_end ? end : channel_end;
+        Sums local = sums;
+        for (; i + step <= until; i += step) add_values(local, from, i, step, ahead, ones);
+        if (end < channel_end) {
+          sums = local;
+          return;
+        }
+        if (i < channel_end) add_values(local, from, i, channel_end - i, ahead, ones);
+        *home = local;
+        i = channel_end;
+        if (i == length) {
+          i = channel_end = never;
+          return;
+        }
+        channel_end += channel_length;
+        sums = *++home;
+      }
     }
-
-   private:
-    BNEXT_INLINE void add(std::int64_t count) {
-      ahead.fetch(from + i, count);
-      sums.add(from + i, count / lanes, ones);
-      i += count;
-    }
+    BNEXT_INLINE void finish() { add_until(length); }
   };
-  BNEXT_INLINE Run run(std::int64_t block, std::int64_t channel) {
-    if (block >= runs_.blocks || channel >= runs_.channels)
-      return {sums_[0], nullptr, x_, 0, 0, {nullptr, nullptr}, ones_};
-    return {sums_[channel],
-            &sums_[channel],
-            x_ + runs_.offset(block, channel),
-            0,
-            runs_.length,
-            runs_.ahead(grid_, x_, block),
-            ones_};
+  BNEXT_INLINE Run run(std::int64_t block) {
+    if (block >= runs_.blocks)
+      return {sums_[0], nullptr, x_, never, never, 0, 0, {nullptr, nullptr}, ones_};
+    return {sums_[0],     &sums_[0],          x_ + runs_.offset(block),      0,    runs_.length,
+            runs_.length, runs_.run_length(), runs_.ahead(grid_, x_, block), ones_};
   }
-  void add_all() {
-    runs_.each_some(grid_.streaming ? 4 : 16,
-                    [&](std::int64_t b, std::int64_t c) { run(b, c).finish(); });
-  }
+  void add_all() { add_blocks_from(0); }
   void add_blocks_from(std::int64_t block) {
-    for (; block < runs_.blocks; ++block)
-      for (std::int64_t c = 0; c < runs_.channels; ++c) run(block, c).finish();
+    runs_.each_some(block, grid_.streaming ? 4 : 16,
+                    [&](std::int64_t c, std::int64_t first, std::int64_t last) {
+                      Sums sums = sums_[c];
+                      for (std::int64_t b = first; b < last; ++b) {
+                        const S* from = x_ + runs_.offset(b);
+                        const Ahead<S> ahead = runs_.ahead(grid_, x_, b);
+                        const std::int64_t end = (c + 1) * runs_.length;
+                        for (std::int64_t i = c * runs_.length; i < end; i += some_values) {
+                          const std::int64_t count = end - i < some_values ? end - i : some_values;
+                          add_values(sums, from, i, count, ahead, ones_);
+                        }
+                      }
+                      sums_[c] = sums;
+                    });
   }
   void store(std::int64_t chunk, Moments* partials) const {
     const auto count = static_cast<double>(runs_.values());
@@ -467,6 +574,15 @@ class MomentTile {
   ShiftedSums sums(std::int64_t channel) const { return sums_[channel].sums(); }
 
  private:
+  // `count` values from element i of a run on: fewer than a pack only where a channel ends.
+  static BNEXT_INLINE void add_values(Sums& sums, const S* from, std::int64_t i, std::int64_t count,
+                                      const Ahead<S>& ahead, Ones ones) {
+    ahead.fetch(from + i, count);
+    const std::int64_t rest = count % lanes;
+    sums.add(from + i, count / lanes, ones);
+    if (rest > 0) sums.add_first(from + i + count - rest, rest);
+  }
+
   const Grid& grid_;
   const Runs runs_;
   const S* x_;
@@ -481,7 +597,7 @@ struct NoTile {
     BNEXT_INLINE void add_until(std::int64_t) {}
     BNEXT_INLINE void finish() {}
   };
-  BNEXT_INLINE Run run(std::int64_t, std::int64_t) { return {}; }
+  BNEXT_INLINE Run run(std::int64_t) { return {}; }
   void add_blocks_from(std::int64_t) {}
 };
 
@@ -502,32 +618,29 @@ template <class S, class Tail, class Tile>
 void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
                 const Affine<Compute<S>>* forward, const Fusion& fusion, S* y, Tile& next) {
   const Runs runs(grid, group, chunk);
+  const ChannelsOfRow<Affine<Compute<S>>> channels{forward + runs.first_channel, runs.channels};
+  const std::int64_t length = runs.run_length();
   Tail tail(fusion);
   const auto* residual = static_cast<const S*>(fusion.residual);
-  SharedLine<S> shared;
-  for (std::int64_t b = runs.blocks; b-- > 0;)
-    for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const Affine<Compute<S>> f = forward[runs.first_channel + c];
-      const std::int64_t offset = runs.offset(b, c);
-      const S* from = x + offset;
-      const Ahead<S> ahead = within(grid, from, runs.length);
-      auto run =
-          tail.run(offset, runs.length, runs.number(b, c), runs.ahead_backwards(residual, b));
-      auto summed = next.run(runs.blocks - 1 - b, c);
-      shared.continues = runs.lines_continue<S>(c);
-      write<1, !Tail::plain>(
-          y + offset, 0, runs.length, grid.streaming, &shared, [&](auto) { return f; },
-          [&](const auto& affine, auto at, int)
-              __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
-          [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-            ahead.fetch(from + i, count);
-            run.fetch(i, count);
-            run.ready(i + count);
-            summed.add_until(i + count);
-          });
-      run.finish();
-      summed.finish();
-    }
+  for (std::int64_t b = runs.blocks; b-- > 0;) {
+    const std::int64_t offset = runs.offset(b);
+    const S* from = x + offset;
+    const Ahead<S> ahead = within(grid, from, length);
+    auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
+    auto summed = next.run(runs.blocks - 1 - b);
+    write<1, !Tail::plain>(
+        y + offset, 0, length, runs.length, grid.streaming, channels,
+        [&](const auto& affine, auto at, int)
+            __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
+        [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+          ahead.fetch(from + i, count);
+          run.fetch(i, count);
+          run.ready(i + count);
+          summed.add_until(i + count);
+        });
+    run.finish();
+    summed.finish();
+  }
   next.add_blocks_from(runs.blocks);
 }
 
@@ -556,100 +669,95 @@ class GradTile {
     typename Tail::Run tail;
     Sums sums;
     Sums* home;
-    F f;
+    const F* f;
     const S *g, *x;
-    std::int64_t i, length;
+    std::int64_t i, channel_end, channel_length, length;
     Ahead<S> ahead_g, ahead_x;
     Ones ones;
 
-    // What is a call is worth some more values.
-    static constexpr std::int64_t step = (Tail::plain ? units_on_the_way : 4) * Sums::unit * lanes;
+    static constexpr std::int64_t step =
+        (Tail::plain ? units_on_the_way : units_of_a_call) * Sums::unit * lanes;
 
     BNEXT_INLINE void add_until(std::int64_t end) {
-      if (end > length) end = length;
-      while (i + step <= end) add(step);
+      if constexpr (many_registers && Tail::plain)
+        add_until_here(end);
+      else if (i + step <= end || channel_end <= end)
+        add_until_once(end);
     }
-    BNEXT_INLINE void finish() {
-      if (home == nullptr) return;
-      const std::int64_t rest = length % lanes, whole = length - rest;
-      while (i < whole) add(whole - i < step ? whole - i : step);
-      if (rest > 0) {
-        tail.ready(length);
-        const F coefficients = f;
-        sums.add_each(
-            1,
-            [&](std::int64_t) __attribute__((always_inline)) {
-              return gradients_of_first(tail, g, x, i, rest, [&](auto) { return coefficients; });
-            },
-            [&](std::int64_t)
-                __attribute__((always_inline)) { return values_of_first(tail, x + i, rest); });
-      }
-      tail.finish();
-      *home = sums;
-    }
+    BNEXT_INLINE void finish() { add_until(length); }
 
    private:
-    BNEXT_INLINE void add(std::int64_t count) {
-      if constexpr (Tail::plain)
-        add_to(sums, count);
-      else
-        add_once(count);
-      i += count;
+    __attribute__((noinline)) void add_until_once(std::int64_t end) { add_until_here(end); }
+    BNEXT_INLINE void add_until_here(std::int64_t end) {
+      for (;;) {
+        const std::int64_t until = end < channel_end ? end : channel_end;
+        Sums local = sums;  // reads of bytes, which may be anything's, cannot mean these
+        while (i + step <= until) add(local, step);
+        if (end < channel_end) {
+          sums = local;
+          return;
+        }
+        while (i < channel_end) add(local, channel_end - i < step ? channel_end - i : step);
+        *home = local;
+        if (i == length) {
+          tail.finish();
+          i = channel_end = never;
+          return;
+        }
+        channel_end += channel_length;
+        sums = *++home;
+        ++f;
+      }
     }
-    __attribute__((noinline)) void add_once(std::int64_t count) {
-      Sums local = sums;  // reads of bytes, which may be anything's, cannot mean these
-      add_to(local, count);
-      sums = local;
-    }
-    BNEXT_INLINE void add_to(Sums& to, std::int64_t count) {
-      ahead_g.fetch(g + i, count);
-      ahead_x.fetch(x + i, count);
+    BNEXT_INLINE void add(Sums& to, std::int64_t count) {
       tail.fetch(i, count);
       tail.ready(i + count);
-      const F coefficients = f;
-      const std::int64_t from = i;
-      if constexpr (Tail::linear && !Tail::Run::invertible)
-        to.add(g + from, x + from, count / lanes, ones);
-      else
-        to.add(
-            count / lanes,
-            [&](std::int64_t k) __attribute__((always_inline)) {
-              if constexpr (Tail::linear)
-                return load_as<Addend<S>>(g + from + k * lanes);
-              else
-                return gradients_of(tail, g, x, from + k * lanes,
-                                    [&](auto) { return coefficients; });
-            },
-            [&](std::int64_t k)
-                __attribute__((always_inline)) { return values_of(tail, x + from + k * lanes); },
-            ones);
+      add_values(to, tail, *f, g, x, i, count, ahead_g, ahead_x, ones);
+      i += count;
     }
   };
-  BNEXT_INLINE Run run(std::int64_t block, std::int64_t channel) {
-    const bool exists = block < runs_.blocks && channel < runs_.channels;
-    if (!exists) block = channel = 0;
-    const std::int64_t offset = runs_.offset(block, channel);
-    return {tail_.run(offset, runs_.length, runs_.number(block, channel),
+  BNEXT_INLINE Run run(std::int64_t block) {
+    const bool exists = block < runs_.blocks;
+    if (!exists) block = 0;
+    const std::int64_t offset = runs_.offset(block);
+    return {tail_.run(offset, runs_.run_length(), runs_.number(block),
                       runs_.ahead(grid_, residual_, block)),
-            sums_[channel],
-            exists ? &sums_[channel] : nullptr,
-            forward_[channel],
+            sums_[0],
+            &sums_[0],
+            forward_,
             grad_y_ + offset,
             x_ + offset,
-            0,
-            exists ? runs_.length : 0,
+            exists ? 0 : never,
+            exists ? runs_.length : never,
+            runs_.length,
+            runs_.run_length(),
             runs_.ahead(grid_, grad_y_, block),
             runs_.ahead(grid_, x_, block),
             ones_};
   }
-  void add_all() {
-    // In the order of memory if masks are drawn, for some runs at once.
-    runs_.each_some(Tail::plain ? grid_.streaming ? 4 : 16 : 1,
-                    [&](std::int64_t b, std::int64_t c) { run(b, c).finish(); });
-  }
+  void add_all() { add_blocks_from(0); }
   void add_blocks_from(std::int64_t block) {
-    for (; block < runs_.blocks; ++block)
-      for (std::int64_t c = 0; c < runs_.channels; ++c) run(block, c).finish();
+    if constexpr (Tail::plain) {
+      runs_.each_some(block, grid_.streaming ? 4 : 16,
+                      [&](std::int64_t c, std::int64_t first, std::int64_t last) {
+                        Sums sums = sums_[c];
+                        for (std::int64_t b = first; b < last; ++b) {
+                          auto tail = tail_.run(0, 0, 0, {nullptr, nullptr});
+                          const S *g = grad_y_ + runs_.offset(b), *x = x_ + runs_.offset(b);
+                          const Ahead<S> ahead_g = runs_.ahead(grid_, grad_y_, b);
+                          const Ahead<S> ahead_x = runs_.ahead(grid_, x_, b);
+                          const std::int64_t end = (c + 1) * runs_.length;
+                          for (std::int64_t i = c * runs_.length; i < end; i += some_values)
+                            add_values(sums, tail, forward_[c], g, x, i,
+                                       end - i < some_values ? end - i : some_values, ahead_g,
+                                       ahead_x, ones_);
+                        }
+                        sums_[c] = sums;
+                      });
+    } else {
+      // In the order of memory, in which masks are drawn for some values at once.
+      for (; block < runs_.blocks; ++block) run(block).finish();
+    }
   }
   void store(std::int64_t chunk, GradSums* partials) const {
     for (std::int64_t c = 0; c < runs_.channels; ++c)
@@ -657,6 +765,43 @@ class GradTile {
   }
 
  private:
+  // As MomentTile's.
+  static BNEXT_INLINE void add_values(Sums& sums, typename Tail::Run& tail, const F& f, const S* g,
+                                      const S* x, std::int64_t i, std::int64_t count,
+                                      const Ahead<S>& ahead_g, const Ahead<S>& ahead_x, Ones ones) {
+    ahead_g.fetch(g + i, count);
+    ahead_x.fetch(x + i, count);
+    const F coefficients = f;
+    const auto f_at = [&](auto) __attribute__((always_inline)) { return coefficients; };
+    const std::int64_t packs = count / lanes, rest = count % lanes;
+    if constexpr (Tail::linear && !Tail::Run::invertible)
+      sums.add(g + i, x + i, packs, ones);
+    else
+      sums.add(
+          packs,
+          [&](std::int64_t k) __attribute__((always_inline)) {
+            if constexpr (Tail::linear)
+              return load_as<Addend<S>>(g + i + k * lanes);
+            else
+              return gradients_of(tail, g, x, i + k * lanes, f_at);
+          },
+          [&](std::int64_t k)
+              __attribute__((always_inline)) { return values_of(tail, x + i + k * lanes); },
+          ones);
+    if (rest == 0) return;
+    i += count - rest;
+    if constexpr (Tail::linear && !Tail::Run::invertible && sizeof(S) >= 4)
+      sums.add_first(g + i, x + i, rest);
+    else
+      sums.add_each(
+          1,
+          [&](std::int64_t) __attribute__((always_inline)) {
+            return gradients_of_first(tail, g, x, i, rest, f_at);
+          },
+          [&](std::int64_t)
+              __attribute__((always_inline)) { return values_of_first(tail, x + i, rest); });
+  }
+
   const Grid& grid_;
   const Runs runs_;
   const S *grad_y_, *x_, *residual_;
@@ -688,42 +833,41 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
                      const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
                      S* grad_residual, Tile& next) {
   const Runs runs(grid, group, chunk);
+  using Both = BothAffine<Affine<Compute<S>>, GradAffine<Compute<S>>>;
+  Both both[Grid::max_group_channels];
+  for (std::int64_t c = 0; c < runs.channels; ++c)
+    both[c] = {forward[runs.first_channel + c], backward[runs.first_channel + c]};
+  const ChannelsOfRow<Both> channels{both, runs.channels};
+  const std::int64_t length = runs.run_length();
   Tail tail(fusion);
   const auto* residual = static_cast<const S*>(fusion.residual);
-  SharedLine<S> shared;
-  for (std::int64_t b = runs.blocks; b-- > 0;)
-    for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const Affine<Compute<S>> f = forward[runs.first_channel + c];
-      const GradAffine<Compute<S>> k = backward[runs.first_channel + c];
-      const std::int64_t offset = runs.offset(b, c);
-      const S *g = grad_y + offset, *values = x + offset;
-      S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
-      const Ahead<S> ahead_g = within(grid, g, runs.length);
-      const Ahead<S> ahead_x = within(grid, values, runs.length);
-      auto run =
-          tail.run(offset, runs.length, runs.number(b, c), runs.ahead_backwards(residual, b));
-      auto summed = next.run(runs.blocks - 1 - b, c);
-      shared.continues = runs.lines_continue<S>(c);
-      write<1, !Tail::plain>(
-          grad_x + offset, 0, runs.length, grid.streaming, &shared,
-          [&](auto) -> const auto& { return k; },
-          [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
-            const auto v = run.input(at(values));
-            const auto through = run.gradient(
-                at(g), at, [&]() __attribute__((always_inline)) { return apply(f, v); });
-            write_also(also, through, at);
-            return apply(affine, through, v);
-          },
-          [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-            ahead_g.fetch(g + i, count);
-            ahead_x.fetch(values + i, count);
-            run.fetch(i, count);
-            run.ready(i + count);
-            summed.add_until(i + count);
-          });
-      run.finish();
-      summed.finish();
-    }
+  for (std::int64_t b = runs.blocks; b-- > 0;) {
+    const std::int64_t offset = runs.offset(b);
+    const S *g = grad_y + offset, *values = x + offset;
+    S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
+    const Ahead<S> ahead_g = within(grid, g, length);
+    const Ahead<S> ahead_x = within(grid, values, length);
+    auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
+    auto summed = next.run(runs.blocks - 1 - b);
+    write<1, !Tail::plain>(
+        grad_x + offset, 0, length, runs.length, grid.streaming, channels,
+        [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
+          const auto v = run.input(at(values));
+          const auto through = run.gradient(
+              at(g), at, [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
+          write_also(also, through, at);
+          return apply(affine.backward, through, v);
+        },
+        [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+          ahead_g.fetch(g + i, count);
+          ahead_x.fetch(values + i, count);
+          run.fetch(i, count);
+          run.ready(i + count);
+          summed.add_until(i + count);
+        });
+    run.finish();
+    summed.finish();
+  }
   next.add_blocks_from(runs.blocks);
 }
 
@@ -928,13 +1072,6 @@ struct ColumnGradAffine {
   }
 };
 
-// Of both directions.
-template <class F, class K>
-struct BothAffine {
-  F forward;
-  K backward;
-};
-
 // A number that the compiler knows.
 template <int n>
 struct Constant {
@@ -996,8 +1133,8 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
         const S* from = x + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
         write<decltype(rows)::value, !Tail::plain>(
-            y + offset, grid.width, width, grid.streaming, no_shared_line<S>,
-            [&](auto at) __attribute__((always_inline)) { return f.at(at); },
+            y + offset, grid.width, width, width, grid.streaming,
+            one_channel([&](auto at) __attribute__((always_inline)) { return f.at(at); }),
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
               return run.value(apply(affine, at(from + row * grid.width)), at);
             },
@@ -1107,10 +1244,10 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
         S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
         write<decltype(rows)::value, !Tail::plain>(
-            grad_x + offset, grid.width, width, grid.streaming, no_shared_line<S>,
-            [&](auto at) __attribute__((always_inline)) {
+            grad_x + offset, grid.width, width, width, grid.streaming,
+            one_channel([&](auto at) __attribute__((always_inline)) {
               return BothAffine<decltype(f.at(at)), decltype(k.at(at))>{f.at(at), k.at(at)};
-            },
+            }),
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
               const auto v = run.input(at(x + offset + row * grid.width));
               const auto through = run.gradient(

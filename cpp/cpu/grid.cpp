@@ -15,6 +15,7 @@ constexpr std::int64_t chunk_area = 65536;    // of all columns of a group, at l
 constexpr std::int64_t enough_chunks = 32;    // more only cost time to merge
 constexpr std::int64_t long_run = 4096;  // values; shorter ones are over before prefetch starts
 constexpr std::int64_t enough_groups = 32;
+constexpr std::int64_t fewest_groups = 16;
 constexpr std::int64_t vector_width = 16;
 constexpr std::int64_t merge_values = 256;     // of one channel; fewer are not worth merging
 constexpr std::int64_t medium_size = 1 << 20;  // values
@@ -60,19 +61,20 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
         std::min({divide_up(long_run, p.s), core_cache_bytes() / 2 / channel_bytes,
                   p.c / enough_groups, Grid::max_group_channels});
     grid.group_channels = std::max<std::int64_t>(1, grid.group_channels);
-    // Whole lines, or at least long runs: what is streamed of a line must be all of it.
+    // Whole lines, or at least long runs: what is streamed of a line must be all of it, and runs of
+    // a page or less are over before memory has answered.
     const std::int64_t whole = line_bytes / std::gcd(p.s * item, line_bytes);
-    if (grid.streaming && grid.group_channels % whole != 0 &&
-        grid.group_channels * p.s * item < long_enough_run) {
-      if (whole * channel_bytes <= cache_bytes() / 8 && whole * enough_groups <= p.c)
+    if (grid.group_channels % whole != 0 && grid.group_channels * p.s * item < long_enough_run) {
+      if (whole * channel_bytes <= cache_bytes() / 8 && whole * fewest_groups <= p.c)
         grid.group_channels = std::max(whole, grid.group_channels / whole * whole);
       else
         grid.streaming = false;
     }
     grid.groups = divide_up(p.c, grid.group_channels);
-    // Two groups at a time, for each of some threads; results are not in the cache then.
+    // Two groups at a time, for each of some threads; results are not in the cache then. Where it
+    // holds the inputs there is nothing to hide.
     grid.sum_next =
-        grid.streaming &&
+        grid.streaming && tensors * p.size() * item > cache_bytes() &&
         grid.group_channels * (channel_bytes / tensors) * (tensors - 1) <= cache_bytes() / 8;
     grid.rows = p.n;
     grid.pieces = divide_up(p.s, chunk_values);

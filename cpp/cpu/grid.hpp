@@ -52,10 +52,10 @@ struct Grid {
     return end < rows ? end : rows;
   }
   // Runs of contiguous values that tiles take in one go, and how long they are at most.
-  std::int64_t runs() const { return columns ? rows * groups : problem.n * problem.c * pieces; }
+  std::int64_t runs() const { return columns ? rows * groups : problem.n * groups * pieces; }
   std::int64_t longest_run() const {
     return columns ? width < max_group_width ? width : max_group_width
-                   : (problem.s + pieces - 1) / pieces;
+                   : group_channels * ((problem.s + pieces - 1) / pieces);
   }
   // Where in each row of a channel the runs of a chunk begin and end, in rows.
   std::int64_t first_value(std::int64_t chunk) const { return chunk % pieces * problem.s / pieces; }

@@ -85,16 +85,29 @@ BNEXT_INLINE void store_vector(V v, void* p) {
 // The first n elements at p, zero bits in the other lanes; and back.
 template <class V, class E>
 BNEXT_INLINE V load_vector_first(const E* p, std::int64_t n) {
-  E values[sizeof(V) / sizeof(E)]{};
-  for (std::int64_t l = 0; l < n && l < static_cast<std::int64_t>(sizeof(V) / sizeof(E)); ++l)
-    values[l] = p[l];
+  constexpr std::int64_t all = sizeof(V) / sizeof(E);
+  if (n >= all) return load_vector<V>(p);
+  E values[all]{};
+  for (std::int64_t l = 0; l < n; ++l) values[l] = p[l];
   return load_vector<V>(values);
 }
 template <class V, class E>
 BNEXT_INLINE void store_vector_first(V v, std::int64_t n, E* p) {
-  E values[sizeof(V) / sizeof(E)];
+  constexpr std::int64_t all = sizeof(V) / sizeof(E);
+  if (n >= all) {
+    store_vector(v, p);
+    return;
+  }
+  E values[all];
   store_vector(v, values);
-  for (std::int64_t l = 0; l < n; ++l) p[l] = values[l];
+  const E* from = values;
+#pragma GCC unroll 8
+  for (std::int64_t some = all / 2; some > 0; some /= 2)
+    if ((n & some) != 0) {
+      __builtin_memcpy(p, from, static_cast<std::size_t>(some) * sizeof(E));
+      p += some;
+      from += some;
+    }
 }
 
 #if defined(__AVX512F__)
@@ -153,6 +166,9 @@ BNEXT_INLINE half_u16v to_bfloat(f32v v) {
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm512_cvtps_pd(_mm256_loadu_ps(p));
 }
+BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
+  return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>(first_lanes(n, 0xFF)), p));
+}
 BNEXT_INLINE f64v widen_low(f32v v) {
   return _mm512_cvtps_pd(_mm512_castps512_ps256(v));
 }
@@ -208,6 +224,11 @@ BNEXT_INLINE half_u16v to_half(f32v v) {
 }
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm256_cvtps_pd(_mm_loadu_ps(p));
+}
+BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
+  const int some = n > 4 ? 4 : static_cast<int>(n);
+  return _mm256_cvtps_pd(
+      _mm_maskload_ps(p, _mm_cmpgt_epi32(_mm_set1_epi32(some), _mm_setr_epi32(0, 1, 2, 3))));
 }
 BNEXT_INLINE f64v widen_low(f32v v) {
   return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
@@ -308,6 +329,15 @@ BNEXT_INLINE void stream_vector(void* to, u32v v) {
 }
 BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
   store_vector(v, to);
+}
+#endif
+
+#if !defined(__AVX2__)
+BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
+  float values[sizeof(f64v) / sizeof(double)]{};
+  for (std::int64_t l = 0; l < n && l < std::int64_t{sizeof values / sizeof(float)}; ++l)
+    values[l] = p[l];
+  return load_widened(values);
 }
 #endif
 
@@ -417,7 +447,14 @@ BNEXT_INLINE V select_lanes(std::uint32_t mask, V a, V b) {
 // The first n lanes of v, those of `rest` after them.
 template <class V>
 BNEXT_INLINE V first_lanes_of(V v, std::int64_t n, V rest) {
-  return select_lanes(n >= 16 ? 0xFFFFu : n > 0 ? (1u << n) - 1 : 0, v, rest);
+  const auto some = static_cast<int>(n < 0 ? 0 : n > 16 ? 16 : n);
+#if defined(__AVX512F__)
+  return select_lanes((1u << some) - 1, v, rest);
+#else
+  decltype(v < v) lane{};
+  for (int l = 0; l < static_cast<int>(sizeof v / sizeof v[0]); ++l) lane[l] = l;
+  return lane < some ? v : rest;
+#endif
 }
 
 // -- packs ----------------------------------------------------------------------------------------
@@ -614,6 +651,13 @@ BNEXT_INLINE f64v load_wide_vector(const float* p) {
 BNEXT_INLINE f64v load_wide_vector(const double* p) {
   return load_vector<f64v>(p);
 }
+// The first n of it, zero for the rest.
+BNEXT_INLINE f64v load_wide_vector_first(const float* p, std::int64_t n) {
+  return load_widened_first(p, n);
+}
+BNEXT_INLINE f64v load_wide_vector_first(const double* p, std::int64_t n) {
+  return load_vector_first<f64v>(p, n);
+}
 
 // Of another type that is no narrower.
 template <class A, class P>
@@ -716,6 +760,14 @@ struct PartialPlace {
   }
 };
 
+// A line of another result, put together while one is streamed: parts of two in turns take many
+// times as long.
+template <class S>
+struct OtherLine {
+  S* to = nullptr;
+  alignas(64) S values[line_length<S>];
+};
+
 // Writes a line past the caches, if it is one of theirs.
 template <class S>
 BNEXT_INLINE void write_line(const S* values, S* to) {
@@ -729,14 +781,6 @@ BNEXT_INLINE void write_line(const S* values, S* to) {
       store_vector(v, to + k * part);
   }
 }
-
-// A line of another result, put together while one is streamed: parts of two in turns take many
-// times as long.
-template <class S>
-struct OtherLine {
-  S* to = nullptr;
-  alignas(64) S values[line_length<S>];
-};
 
 // A place in a line that is streamed, which began at `begin`.
 template <class S>
@@ -757,112 +801,116 @@ BNEXT_INLINE std::int64_t until_next_line(const S* p) {
   return -begun & (line_length<S> - 1);
 }
 
-// Calls body(place) for elements [i, end).
-template <class S, class Body>
-BNEXT_INLINE void each_place(std::int64_t i, std::int64_t end, Body body) {
-  for (; i + vector_length<S> <= end; i += vector_length<S>) body(Place<S>{i});
-  if (i < end) body(PartialPlace<S>{i, end - i});
+// What writes a row calls a channel: values that share coefficients. A row of one, and its
+// coefficients at each place.
+template <class Coefficients>
+struct OneChannel {
+  Coefficients coefficients;
+
+  BNEXT_INLINE const Coefficients& of(std::int64_t) const { return coefficients; }
+  BNEXT_INLINE const Coefficients& around(std::int64_t, std::int64_t) const { return coefficients; }
+};
+template <class Coefficients>
+BNEXT_INLINE OneChannel<Coefficients> one_channel(Coefficients coefficients) {
+  return {coefficients};
 }
 
-// The line that two neighbouring rows share: put together here, it can be streamed too. A store of
-// a part of it would have to wait for memory, and all later ones with it.
-template <class S>
-struct SharedLine {
-  bool begun = false;      // by the row before this one
-  bool continues = false;  // in the row after this one, which is no shorter than a line
-  alignas(64) S values[line_length<S>];
-};
-
-template <class S>
-constexpr SharedLine<S>* no_shared_line = nullptr;
-
-// Writes value(k, place, row), k = coefficients(place), to each place of `rows` rows of `length`
-// elements, `stride` apart: rows that share coefficients are written together. With `streaming`
-// past the caches: worth it where nothing will read the result before it would have left them
-// anyway. before(i, count) is called before elements [i, i + count) are asked for, in rising order
-// without gaps. More than one row needs a stride of whole lines, and no shared line. `much`: the
-// values take so much code that there should be few copies of it.
-template <int rows, bool much, class S, class Coefficients, class Value, class Before>
-BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t length, bool streaming,
-                        SharedLine<S>* shared, Coefficients coefficients, Value value,
-                        Before before) {
+// Writes value(k, place, row), k the coefficients of a place, to each place of `rows` rows of
+// `length` elements, `stride` apart: rows that share coefficients are written together.
+// channels.of(c) gives the coefficients of places within channel c, each of `channel_length`
+// elements and no shorter than a line; channels.around(c, begin) those around the begin of one.
+// With `streaming` past the caches: worth it where nothing will read the result before it would
+// have left them anyway. before(i, count) is called before elements [i, i + count) are asked for,
+// in rising order without gaps. More than one row needs a stride of whole lines. `much`: the values
+// take so much code that there should be few copies of it.
+template <int rows, bool much, class S, class Channels, class Value, class Before>
+BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t length,
+                        std::int64_t channel_length, bool streaming, const Channels& channels,
+                        Value value, Before before) {
   constexpr bool large = much || compact || sizeof(S) != 4;
   constexpr std::int64_t line = line_length<S>;
   constexpr std::int64_t block = (large || rows > 1 ? 2 : 4) * line;
   // A few lines at a time are streamed, so that reads and writes are under way together.
-  constexpr std::int64_t step = (large || many_registers ? 2 : 8) * line;
-  const auto write_at = [&](auto place, S* __restrict at) __attribute__((always_inline)) {
-    const auto& k = coefficients(place);
+  constexpr std::int64_t streamed_step = (large || many_registers ? 2 : 8) * line;
+  constexpr std::int64_t streamed_block = streamed_step < block ? streamed_step : block;
+  const std::int64_t step = streaming ? streamed_step : block;
+  const auto write_at = [&](const auto& coefficients, auto place, S* __restrict at)
+                            __attribute__((always_inline)) {
+                              const auto& k = coefficients(place);
 #pragma GCC unroll 8
-    for (int row = 0; row < rows; ++row) place.write(value(k, place, row), at + row * stride);
+                              for (int row = 0; row < rows; ++row)
+                                place.write(value(k, place, row), at + row * stride);
+                            };
+  const auto stream_at = [&](const auto& coefficients, auto place,
+                             int row) __attribute__((always_inline)) {
+    stream_values(value(coefficients(place), place, row), to + row * stride + place.i);
   };
-  const auto write_range = [&](std::int64_t begin, std::int64_t end,
-                               S* __restrict at) __attribute__((always_inline)) {
-    each_place<S>(begin, end,
-                  [&](auto place) __attribute__((always_inline)) { write_at(place, at); });
-  };
-  const auto stream_line = [&](std::int64_t begin) __attribute__((always_inline)) {
+  // Parts of a line one after the other, and of nothing else in between.
+  const auto stream_line = [&](const auto& coefficients,
+                               std::int64_t begin) __attribute__((always_inline)) {
     for (int row = 0; row < rows; ++row) {
       OtherLine<S> other;
-      const auto stream_at = [&](std::int64_t at) __attribute__((always_inline)) {
-        const StreamedPlace<S> place{{at}, begin, &other};
-        stream_values(value(coefficients(place), place, row), to + row * stride + at);
-      };
-      if constexpr (large)
 #pragma GCC unroll 1
-        for (std::int64_t at = begin; at < begin + line; at += vector_length<S>) stream_at(at);
-      else
-#pragma GCC unroll 8
-        for (std::int64_t at = begin; at < begin + line; at += vector_length<S>) stream_at(at);
+      for (std::int64_t at = begin; at < begin + line; at += vector_length<S>)
+        stream_at(coefficients, StreamedPlace<S>{{at}, begin, &other}, row);
       if (other.to != nullptr) write_line(other.values, other.to);
     }
   };
+  const auto write_blocks = [&](const auto& coefficients, std::int64_t begin,
+                                std::int64_t end) __attribute__((always_inline)) {
+    std::int64_t i = begin;
+    if (streaming)
+      for (; i + streamed_block <= end; i += streamed_block)
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 8
+          for (std::int64_t at = 0; at < streamed_block; at += vector_length<S>)
+            stream_at(coefficients, Place<S>{i + at}, row);
+    else
+      for (; i + block <= end; i += block)
+#pragma GCC unroll 8
+        for (std::int64_t at = 0; at < block; at += vector_length<S>)
+          write_at(coefficients, Place<S>{i + at}, to);
+    return i;
+  };
 
-  // Whole lines between the ends: a store across two of them costs twice, and cannot be streamed.
-  const std::int64_t head = until_next_line(to) < length ? until_next_line(to) : length;
-  const bool begun = streaming && shared != nullptr && shared->begun;
-  std::int64_t i = 0;
+  // Whole lines between the edges: a store across two of them costs twice, and cannot be streamed.
+  std::int64_t i = 0, end = until_next_line(to) < length ? until_next_line(to) : length;
 #pragma GCC unroll 1
-  for (int part = 0; part < 2; ++part) {
-    const std::int64_t end = part == 0 ? head : length;
-    const bool continues = part == 1 && streaming && shared != nullptr && shared->continues;
+  for (std::int64_t c = 0; i < length; ++c) {
     if (i < end) {
-      S* at = to;
-      if (part == 0 && begun) at = shared->values + line - head;
-      if (continues) at = shared->values - i;
+      // An end of the row, or the line that two channels share: that is put together first, since
+      // it is streamed with the others.
       before(i, end - i);
-      write_range(i, end, at);
-      if (continues) shared->begun = true;
+      const auto& coefficients = channels.around(c, c * channel_length);
+      const bool whole = streaming && rows == 1 && end - i == line;
+      alignas(64) S values[line];
+#pragma GCC unroll 1
+      for (std::int64_t at = i; at < end; at += vector_length<S>) {
+        const std::int64_t count = end - at < vector_length<S> ? end - at : vector_length<S>;
+        write_at(coefficients, PartialPlace<S>{at, count}, whole ? values - i : to);
+      }
+      if (whole) write_line(values, to + i);
       i = end;
     }
-    if (part == 1) return;
-    if (begun) {
-      write_line(shared->values, to + head - line);
-      shared->begun = false;
-    }
-    if (streaming) {
-      const std::int64_t whole = i + (length - i) / line * line;
-      while (i < whole) {
-        const std::int64_t count = whole - i < step ? whole - i : step;
-        before(i, count);
-        const std::int64_t until = i + count;
+    if (i == length) break;
+    const auto& coefficients = channels.of(c);
+    const std::int64_t channel_end = (c + 1) * channel_length;
+    const std::int64_t whole = i + (channel_end - i) / line * line;
+    while (i < whole) {
+      const std::int64_t count = whole - i < step ? whole - i : step;
+      before(i, count);
+      const std::int64_t until = i + count;
+      if constexpr (!large) i = write_blocks(coefficients, i, until);
+      if (streaming) {
 #pragma GCC unroll 1
-        for (; i < until; i += line) stream_line(i);
-      }
-    } else {
-      for (; i + block <= length; i += block) {
-        before(i, block);
-        if constexpr (large) {
+        for (; i < until; i += line) stream_line(coefficients, i);
+      } else {
 #pragma GCC unroll 1
-          for (std::int64_t at = 0; at < block; at += vector_length<S>)
-            write_at(Place<S>{i + at}, to);
-        } else {
-#pragma GCC unroll 8
-          for (std::int64_t at = 0; at < block; at += vector_length<S>)
-            write_at(Place<S>{i + at}, to);
-        }
+        for (; i < until; i += vector_length<S>) write_at(coefficients, Place<S>{i}, to);
       }
     }
+    end = whole == channel_end ? whole : whole + line < length ? whole + line : length;
   }
 }
 
