@@ -833,7 +833,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
   // A few lines at a time are streamed, so that reads and writes are under way together.
   constexpr std::int64_t streamed_step = (large || many_registers ? 2 : 8) * line;
   constexpr std::int64_t streamed_block = streamed_step < block ? streamed_step : block;
-  const std::int64_t step = streaming ? streamed_step : block;
+  const std::int64_t step = streaming ? streamed_step : 4 * block;
   const auto write_at = [&](const auto& coefficients, auto place, S* __restrict at)
                             __attribute__((always_inline)) {
                               const auto& k = coefficients(place);
