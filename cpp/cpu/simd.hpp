@@ -341,7 +341,22 @@ BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
 }
 #endif
 
-#if !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
+BNEXT_INLINE f32v from_bfloat(half_u16v v) {
+  return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+}
+// As with AVX-512. One instruction packs words of which the upper halves are zero.
+BNEXT_INLINE half_u16v to_bfloat(f32v v) {
+  const auto bits = (__m256i)v;
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  const __m256i words =
+      _mm256_srli_epi32((__m256i)_mm256_blendv_ps((__m256)rounded, v, is_nan), 16);
+  return (half_u16v)_mm_packus_epi32(_mm256_castsi256_si128(words),
+                                     _mm256_extracti128_si256(words, 1));
+}
+#elif !defined(__AVX512F__)
 BNEXT_INLINE f32v from_bfloat(half_u16v v) {
   return (f32v)(__builtin_convertvector(v, u32v) << 16);
 }

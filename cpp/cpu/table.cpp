@@ -19,8 +19,8 @@ struct Table {
   // Loops of their own where they are worth their space, otherwise those of whatever fusion says.
   using None = Plain<S, epilogue::none>;
   template <Mask mask>
-  using Clip = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && vector_bytes == 64),
-                               Plain<S, clip>, Any<mask>>::type;
+  using Clip = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && !compact), Plain<S, clip>,
+                               Any<mask>>::type;
   template <Mask mask, bool residual>
   using ReluAnd = typename Choice<sizeof(S) == 4 && !compact,
                                   General<S, mask, Known<epilogue::relu, residual, !residual>>,
