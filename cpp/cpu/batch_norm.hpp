@@ -462,6 +462,31 @@ constexpr std::int64_t some_values = 256;
 // After the last value of any run.
 constexpr std::int64_t never = std::int64_t{1} << 62;
 
+// Adds to the sums of a run the values before `end`: whole steps, and the rest of each channel that
+// ends there or before.
+template <class Run>
+BNEXT_INLINE void add_channels_until(Run& run, std::int64_t end) {
+  for (;;) {
+    const std::int64_t until = end < run.channel_end ? end : run.channel_end;
+    auto local = run.sums;  // reads of bytes, which may be anything's, cannot mean these
+    while (run.i + Run::step <= until) run.add(local, Run::step);
+    if (end < run.channel_end) {
+      run.sums = local;
+      return;
+    }
+    if (run.i < run.channel_end) run.add(local, run.channel_end - run.i);
+    *run.home = local;
+    if (run.i == run.length) {
+      run.end_of_run();
+      run.i = run.channel_end = never;
+      return;
+    }
+    run.channel_end += run.channel_length;
+    run.sums = *++run.home;
+    run.next_channel();
+  }
+}
+
 // The sums of a tile: channel after channel, some blocks of each at once, or run after run and a
 // bit at a time on the way of something else. The blocks of a channel must come in order.
 template <class S, bool centered>
@@ -504,27 +529,15 @@ class MomentTile {
     }
     // Not among the registers that what is written needs.
     __attribute__((noinline)) void add_until_once(std::int64_t end) { add_until_here(end); }
-    BNEXT_INLINE void add_until_here(std::int64_t end) {
-      for (;;) {
-        const std::int64_t until = end < channel_end ? end : channel_end;
-        Sums local = sums;
-        for (; i + step <= until; i += step) add_values(local, from, i, step, ahead, ones);
-        if (end < channel_end) {
-          sums = local;
-          return;
-        }
-        if (i < channel_end) add_values(local, from, i, channel_end - i, ahead, ones);
-        *home = local;
-        i = channel_end;
-        if (i == length) {
-          i = channel_end = never;
-          return;
-        }
-        channel_end += channel_length;
-        sums = *++home;
-      }
-    }
+    BNEXT_INLINE void add_until_here(std::int64_t end) { add_channels_until(*this, end); }
     BNEXT_INLINE void finish() { add_until(length); }
+
+    BNEXT_INLINE void add(Sums& to, std::int64_t count) {
+      add_values(to, from, i, count, ahead, ones);
+      i += count;
+    }
+    BNEXT_INLINE void next_channel() {}
+    BNEXT_INLINE void end_of_run() {}
   };
   BNEXT_INLINE Run run(std::int64_t block) {
     if (block >= runs_.blocks)
@@ -686,35 +699,16 @@ class GradTile {
     }
     BNEXT_INLINE void finish() { add_until(length); }
 
-   private:
     __attribute__((noinline)) void add_until_once(std::int64_t end) { add_until_here(end); }
-    BNEXT_INLINE void add_until_here(std::int64_t end) {
-      for (;;) {
-        const std::int64_t until = end < channel_end ? end : channel_end;
-        Sums local = sums;  // reads of bytes, which may be anything's, cannot mean these
-        while (i + step <= until) add(local, step);
-        if (end < channel_end) {
-          sums = local;
-          return;
-        }
-        while (i < channel_end) add(local, channel_end - i < step ? channel_end - i : step);
-        *home = local;
-        if (i == length) {
-          tail.finish();
-          i = channel_end = never;
-          return;
-        }
-        channel_end += channel_length;
-        sums = *++home;
-        ++f;
-      }
-    }
+    BNEXT_INLINE void add_until_here(std::int64_t end) { add_channels_until(*this, end); }
     BNEXT_INLINE void add(Sums& to, std::int64_t count) {
       tail.fetch(i, count);
       tail.ready(i + count);
       add_values(to, tail, *f, g, x, i, count, ahead_g, ahead_x, ones);
       i += count;
     }
+    BNEXT_INLINE void next_channel() { ++f; }
+    BNEXT_INLINE void end_of_run() { tail.finish(); }
   };
   BNEXT_INLINE Run run(std::int64_t block) {
     const bool exists = block < runs_.blocks;

@@ -341,30 +341,32 @@ BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
 }
 #endif
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-BNEXT_INLINE f32v from_bfloat(half_u16v v) {
-  return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+#if !defined(__AVX512F__)
+// GCC takes four instructions for either.
+BNEXT_INLINE u32v widen_words(half_u16v v) {
+#if defined(__AVX2__)
+  return (u32v)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, u32v);
+#endif
 }
-// As with AVX-512. One instruction packs words of which the upper halves are zero.
-BNEXT_INLINE half_u16v to_bfloat(f32v v) {
-  const auto bits = (__m256i)v;
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-  const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-  const __m256i words =
-      _mm256_srli_epi32((__m256i)_mm256_blendv_ps((__m256)rounded, v, is_nan), 16);
-  return (half_u16v)_mm_packus_epi32(_mm256_castsi256_si128(words),
-                                     _mm256_extracti128_si256(words, 1));
+// Of numbers below 2^16.
+BNEXT_INLINE half_u16v pack_words(u32v v) {
+#if defined(__AVX2__)
+  return (half_u16v)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v),
+                                     _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, half_u16v);
+#endif
 }
-#elif !defined(__AVX512F__)
 BNEXT_INLINE f32v from_bfloat(half_u16v v) {
-  return (f32v)(__builtin_convertvector(v, u32v) << 16);
+  return (f32v)(widen_words(v) << 16);
 }
 // To nearest, ties to even.
 BNEXT_INLINE half_u16v to_bfloat(f32v v) {
   const u32v bits = (u32v)v;
   const u32v rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  return __builtin_convertvector(v != v ? bits >> 16 | 0x40u : rounded, half_u16v);
+  return pack_words(v != v ? bits >> 16 | 0x40u : rounded);
 }
 #endif
 
@@ -898,14 +900,14 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
       // it is streamed with the others.
       before(i, end - i);
       const auto& coefficients = channels.around(c, c * channel_length);
-      const bool whole = streaming && rows == 1 && end - i == line;
+      const bool streamed = streaming && rows == 1 && end - i == line;
       alignas(64) S values[line];
 #pragma GCC unroll 1
       for (std::int64_t at = i; at < end; at += vector_length<S>) {
         const std::int64_t count = end - at < vector_length<S> ? end - at : vector_length<S>;
-        write_at(coefficients, PartialPlace<S>{at, count}, whole ? values - i : to);
+        write_at(coefficients, PartialPlace<S>{at, count}, streamed ? values - i : to);
       }
-      if (whole) write_line(values, to + i);
+      if (streamed) write_line(values, to + i);
       i = end;
     }
     if (i == length) break;
