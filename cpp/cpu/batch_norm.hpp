@@ -28,10 +28,6 @@ constexpr bool exact_products = sizeof(S) <= 4;
 template <class S>
 constexpr bool added_narrow = sizeof(S) == 2;
 
-// As what sums take values.
-template <class S>
-using Addend = typename Choice<added_narrow<S>, float, double>::type;
-
 // The center that sums of `count` values around zero ask for; 0 if they are good enough.
 template <class S>
 double wanted_center(const ShiftedSums& s, double count) {
@@ -46,7 +42,7 @@ double wanted_center(const ShiftedSums& s, double count) {
 
 // What sums are made around, if anything: a base, since a field takes room even if it is empty, and
 // compilers copy such objects through memory.
-template <bool centered, class Center>
+template <bool centered, class Center = double>
 struct Around {
   Pack<Center> center;
 };
@@ -55,7 +51,7 @@ struct Around<false, Center> {};
 
 // Accumulates packs of one channel.
 template <class S, bool centered>
-struct MomentSums : Around<centered, double> {
+struct MomentSums : Around<centered> {
   static constexpr bool narrow = added_narrow<S> && !centered;
   using Value = typename Choice<narrow, float, double>::type;
   // Packs that are added at once: where a run is split, it is after a multiple of them.
@@ -165,62 +161,71 @@ struct MomentSums : Around<centered, double> {
   }
 };
 
-// Accumulates gradients g and g x, or g (x - center) where products are not exact: float64 around
-// the mean, half types around the mean in float32.
-template <class S>
-struct GradientSums : Around<added_narrow<S> || !exact_products<S>, Addend<S>> {
-  static constexpr bool narrow = added_narrow<S>;
+// Accumulates gradients g and g (x - origin), which is 0 for float32. `as_stored`: gradients have
+// no more digits than S. Products of half types are exact in float32 then: see origin_of.
+template <class S, bool as_stored>
+struct GradientSums
+    : Around<sizeof(S) != 4, typename Choice<added_narrow<S> && as_stored, float, double>::type> {
+  static constexpr bool shifted = sizeof(S) != 4;
+  static constexpr bool narrow = added_narrow<S> && as_stored;
   static constexpr std::int64_t unit = narrow ? 4 : 2;
-  static constexpr bool shifted = narrow || !exact_products<S>;
-  using Center = Addend<S>;
+  using Addend = typename Choice<narrow, float, double>::type;
   Pack<double> total;
   Pack<double> products, more_products;
 
   GradientSums() = default;  // leaves everything undefined
-  explicit BNEXT_INLINE GradientSums(double mean) : total{}, products{}, more_products{} {
-    if constexpr (shifted) this->center = broadcast(static_cast<Center>(mean));
+  explicit BNEXT_INLINE GradientSums(double origin) : total{}, products{}, more_products{} {
+    if constexpr (shifted) this->center = broadcast(static_cast<Addend>(origin));
   }
 
   // `count` packs that gradients(k) and values(k) give.
   template <class Gradients, class Values>
   BNEXT_INLINE void add(std::int64_t count, Gradients gradients, Values values, Ones ones) {
     std::int64_t k = 0;
-    if constexpr (narrow) {
-      for (; k < count; k += unit)
-        add_each(
-            k + unit <= count ? unit : count - k,
-            [&](std::int64_t i) __attribute__((always_inline)) { return gradients(k + i); },
-            [&](std::int64_t i) __attribute__((always_inline)) { return values(k + i); });
-    } else {
-      for (; k + 2 <= count; k += 2) {
-        const Pack<double> a = gradients(k), b = gradients(k + 1);
-        total = add_by_multiplying(a + b, ones, total);
-        products = product_add(a, values(k), products);
-        more_products = product_add(b, values(k + 1), more_products);
-      }
-      if (k < count) add(gradients(k), values(k));
+    for (; k + 2 <= count; k += 2) {
+      const Pack<double> a = gradients(k), b = gradients(k + 1);
+      total = add_by_multiplying(a + b, ones, total);
+      products = product_add(a, values(k), products);
+      more_products = product_add(b, values(k + 1), more_products);
     }
+    if (k < count) add(gradients(k), values(k));
   }
   // `count` packs at g and at x.
   BNEXT_INLINE void add(const S* g, const S* x, std::int64_t count, Ones ones) {
-    if constexpr (narrow) {
-      add(
-          count, [&](std::int64_t k) __attribute__((always_inline)) { return load(g + k * lanes); },
-          [&](std::int64_t k) __attribute__((always_inline)) { return load(x + k * lanes); }, ones);
-    } else {
-      for (; count >= 2; count -= 2, g += 2 * lanes, x += 2 * lanes)
-        by_vector(
-            0,
-            [&](std::int64_t i, f64v& sum, f64v& first, f64v& second)
-                __attribute__((always_inline)) {
-                  const f64v a = load_wide_vector(g + i), b = load_wide_vector(g + lanes + i);
-                  first = product_add(a, load_wide_vector(x + i), first);
-                  second = product_add(b, load_wide_vector(x + lanes + i), second);
-                  sum = add_by_multiplying(a + b, ones, sum);
-                },
-            total, products, more_products);
-      if (count > 0) add(load_wide(g), load_wide(x));
-    }
+    for (; count >= 2; count -= 2, g += 2 * lanes, x += 2 * lanes)
+      by_vector(
+          0,
+          [&](std::int64_t i, f64v& sum, f64v& first, f64v& second) __attribute__((always_inline)) {
+            const f64v a = load_wide_vector(g + i), b = load_wide_vector(g + lanes + i);
+            first = product_add(a, load_wide_vector(x + i), first);
+            second = product_add(b, load_wide_vector(x + lanes + i), second);
+            sum = add_by_multiplying(a + b, ones, sum);
+          },
+          total, products, more_products);
+    if (count > 0) add(load_wide(g), load_wide(x));
+  }
+  // `count` packs, of which gradient(i) and value(i) give the vector of floats from element i on.
+  template <class Gradient, class Value>
+  BNEXT_INLINE void add_narrow(std::int64_t count, Gradient gradient, Value value) {
+    const f32v origin = first_vector(this->center);
+    const auto add_packs = [&](std::int64_t first,
+                               std::int64_t some) __attribute__((always_inline)) {
+      by_vectors<2>(
+          first,
+          [&](std::int64_t i, auto& sum, auto& sum_of_products) __attribute__((always_inline)) {
+            f32v t{};
+            for (std::int64_t k = i; k < i + some * lanes; k += lanes) {
+              const f32v g = gradient(k);
+              t = k == i ? g : t + g;
+              sum_of_products = sum_of_products + widen(Vectors<f32v, 1>{g * (value(k) - origin)});
+            }
+            sum = sum + widen(Vectors<f32v, 1>{t});
+          },
+          total, products);
+    };
+    std::int64_t k = 0;
+    for (; k + unit <= count; k += unit) add_packs(k * lanes, unit);
+    if (k < count) add_packs(k * lanes, count - k);
   }
   // The first `count` values of a pack at g and at x.
   BNEXT_INLINE void add_first(const S* g, const S* x, std::int64_t count) {
@@ -239,84 +244,76 @@ struct GradientSums : Around<added_narrow<S> || !exact_products<S>, Addend<S>> {
   template <class Gradients, class Values>
   BNEXT_INLINE void add_each(std::int64_t count, Gradients gradients, Values values) {
     if constexpr (narrow) {
-      Pack<float> t = gradients(0), p = t * (values(0) - this->center);
+      Pack<float> t = gradients(0);
+      products = products + widen(t * (values(0) - this->center));
       for (std::int64_t k = 1; k < count; ++k) {
         const Pack<float> g = gradients(k);
         t = t + g;
-        p = p + g * (values(k) - this->center);
+        products = products + widen(g * (values(k) - this->center));
       }
       total = total + widen(t);
-      products = products + widen(p);
     } else {
       for (std::int64_t k = 0; k < count; ++k) add(gradients(k), values(k));
     }
   }
-  // For a channel whose mean is `mean`.
-  BNEXT_INLINE GradSums sums(double mean) const {
-    return centered_sums(sum(total), sum(products + more_products), mean);
-  }
-  static BNEXT_INLINE GradSums centered_sums(double g, double gx, double mean) {
-    if constexpr (narrow)
-      return {g, gx - (mean - static_cast<double>(static_cast<Center>(mean))) * g};
-    return {g, exact_products<S> ? gx - mean * g : gx};
-  }
+  BNEXT_INLINE GradSums sums() const { return {sum(total), sum(products + more_products)}; }
 
  private:
   BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
     total = total + g;
     products = product_add(g, x, products);
   }
-  BNEXT_INLINE Pack<double> centered(Pack<double> x) const { return x - this->center; }
-  BNEXT_INLINE f64v centered(f64v x) const { return x - first_vector(this->center); }
+  BNEXT_INLINE Pack<double> from_origin(Pack<double> x) const { return x - this->center; }
+  BNEXT_INLINE f64v from_origin(f64v x) const { return x - first_vector(this->center); }
   template <class V>
   BNEXT_INLINE V product_add(V g, V x, V sum) const {
-    if constexpr (exact_products<S>)
-      return multiply_add(g, x, sum);
+    if constexpr (shifted)
+      return g * from_origin(x) + sum;
     else
-      return g * centered(x) + sum;
+      return multiply_add(g, x, sum);
   }
 };
 
-// What the loops go by, of sixteen values or the first `count` of them.
-template <class Run, class S>
-BNEXT_INLINE Pack<Addend<S>> values_of(const Run& run, const S* x) {
-  if constexpr (!Run::invertible) return load_as<Addend<S>>(x);
-  return as<Addend<S>>(Access<Pack<Compute<S>>>::each(
+// What the loops go by, of sixteen values or the first `count` of them, as type A.
+template <class A, class Run, class S>
+BNEXT_INLINE Pack<A> values_of(const Run& run, const S* x) {
+  if constexpr (!Run::invertible) return load_as<A>(x);
+  return as<A>(Access<Pack<Compute<S>>>::each(
       0, [&](std::int64_t k)
              __attribute__((always_inline)) { return run.input(load_values(x + k)); }));
 }
-template <class Run, class S>
-BNEXT_INLINE Pack<Addend<S>> values_of_first(const Run& run, const S* x, std::int64_t count) {
-  return as<Addend<S>>(
+template <class A, class Run, class S>
+BNEXT_INLINE Pack<A> values_of_first(const Run& run, const S* x, std::int64_t count) {
+  return as<A>(
       Access<Pack<Compute<S>>>::each(0, [&](std::int64_t k) __attribute__((always_inline)) {
         return run.input(load_values_first(x + k, count - k));
       }));
 }
 
-// The gradients at the normalised values of the sixteen elements from i on. f gives the
-// coefficients of a place, g and x point to gradients at results and to values.
-template <class Run, class S, class Coefficients>
-BNEXT_INLINE Pack<Addend<S>> gradients_of(const Run& run, const S* g, const S* x, std::int64_t i,
-                                          Coefficients f) {
-  return as<Addend<S>>(
-      Access<Pack<Compute<S>>>::each(i, [&](std::int64_t k) __attribute__((always_inline)) {
-        const Place<S> at{k};
-        return run.gradient(at(g), at, [&]() __attribute__((always_inline)) {
-          return apply(f(at), run.input(at(x)));
-        });
-      }));
+// The gradients at the normalised values of a place. f gives its coefficients, g and x point to
+// gradients at results and to values.
+template <class Run, class S, class Place, class Coefficients>
+BNEXT_INLINE Vector<S> gradient_at(Place at, const Run& run, const S* g, const S* x,
+                                   Coefficients f) {
+  return run.gradient(
+      at(g), at, [&]() __attribute__((always_inline)) { return apply(f(at), run.input(at(x))); });
+}
+// Of the sixteen elements from i on.
+template <class A, class Run, class S, class Coefficients>
+BNEXT_INLINE Pack<A> gradients_of(const Run& run, const S* g, const S* x, std::int64_t i,
+                                  Coefficients f) {
+  return as<A>(Access<Pack<Compute<S>>>::each(
+      i, [&](std::int64_t k)
+             __attribute__((always_inline)) { return gradient_at(Place<S>{k}, run, g, x, f); }));
 }
 // Of the first `count` of them, zero for the others.
-template <class Run, class S, class Coefficients>
-BNEXT_INLINE Pack<Addend<S>> gradients_of_first(const Run& run, const S* g, const S* x,
-                                                std::int64_t i, std::int64_t count,
-                                                Coefficients f) {
-  return as<Addend<S>>(
+template <class A, class Run, class S, class Coefficients>
+BNEXT_INLINE Pack<A> gradients_of_first(const Run& run, const S* g, const S* x, std::int64_t i,
+                                        std::int64_t count, Coefficients f) {
+  return as<A>(
       Access<Pack<Compute<S>>>::each(i, [&](std::int64_t k) __attribute__((always_inline)) {
         const PartialPlace<S> at{k, i + count - k};
-        const auto all = run.gradient(at(g), at, [&]() __attribute__((always_inline)) {
-          return apply(f(at), run.input(at(x)));
-        });
+        const auto all = gradient_at(at, run, g, x, f);
         return first_lanes_of(all, at.count, decltype(all){});
       }));
 }
@@ -661,21 +658,22 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
 template <class S, class Tail>
 class GradTile {
  public:
-  using Sums = GradientSums<S>;
+  using Sums = GradientSums<S, Tail::plain>;
+  using Addend = typename Sums::Addend;
   using F = Affine<Compute<S>>;
 
-  GradTile(const Grid& grid, const Runs& runs, const S* grad_y, const S* x, const double* mean,
+  GradTile(const Grid& grid, const Runs& runs, const S* grad_y, const S* x, const double* origin,
            const F* forward, const Fusion& fusion)
       : grid_(grid),
         runs_(runs),
         grad_y_(grad_y),
         x_(x),
         residual_(static_cast<const S*>(fusion.residual)),
-        mean_(mean + runs.first_channel),
         forward_(forward + runs.first_channel),
         ones_(ones_not_known_to_the_compiler()),
         tail_(fusion) {
-    for (std::int64_t c = 0; c < runs_.channels; ++c) sums_[c] = Sums(mean_[c]);
+    for (std::int64_t c = 0; c < runs_.channels; ++c)
+      sums_[c] = Sums(origin[runs.first_channel + c]);
   }
 
   struct Run {
@@ -755,7 +753,7 @@ class GradTile {
   }
   void store(std::int64_t chunk, GradSums* partials) const {
     for (std::int64_t c = 0; c < runs_.channels; ++c)
-      partials[chunk * grid_.problem.c + runs_.first_channel + c] = sums_[c].sums(mean_[c]);
+      partials[chunk * grid_.problem.c + runs_.first_channel + c] = sums_[c].sums();
   }
 
  private:
@@ -768,38 +766,46 @@ class GradTile {
     const F coefficients = f;
     const auto f_at = [&](auto) __attribute__((always_inline)) { return coefficients; };
     const std::int64_t packs = count / lanes, rest = count % lanes;
-    if constexpr (Tail::linear && !Tail::Run::invertible)
+    if constexpr (Sums::narrow)
+      sums.add_narrow(
+          packs,
+          [&](std::int64_t k) __attribute__((always_inline)) {
+            return gradient_at(Place<S>{i + k}, tail, g, x, f_at);
+          },
+          [&](std::int64_t k)
+              __attribute__((always_inline)) { return tail.input(load_values(x + i + k)); });
+    else if constexpr (Tail::linear && !Tail::Run::invertible)
       sums.add(g + i, x + i, packs, ones);
     else
       sums.add(
           packs,
           [&](std::int64_t k) __attribute__((always_inline)) {
             if constexpr (Tail::linear)
-              return load_as<Addend<S>>(g + i + k * lanes);
+              return load_as<Addend>(g + i + k * lanes);
             else
-              return gradients_of(tail, g, x, i + k * lanes, f_at);
+              return gradients_of<Addend>(tail, g, x, i + k * lanes, f_at);
           },
           [&](std::int64_t k)
-              __attribute__((always_inline)) { return values_of(tail, x + i + k * lanes); },
+              __attribute__((always_inline)) { return values_of<Addend>(tail, x + i + k * lanes); },
           ones);
     if (rest == 0) return;
     i += count - rest;
-    if constexpr (Tail::linear && !Tail::Run::invertible && sizeof(S) >= 4)
+    if constexpr (Tail::linear && !Tail::Run::invertible && !Sums::narrow)
       sums.add_first(g + i, x + i, rest);
     else
       sums.add_each(
           1,
           [&](std::int64_t) __attribute__((always_inline)) {
-            return gradients_of_first(tail, g, x, i, rest, f_at);
+            return gradients_of_first<Addend>(tail, g, x, i, rest, f_at);
           },
-          [&](std::int64_t)
-              __attribute__((always_inline)) { return values_of_first(tail, x + i, rest); });
+          [&](std::int64_t) __attribute__((always_inline)) {
+            return values_of_first<Addend>(tail, x + i, rest);
+          });
   }
 
   const Grid& grid_;
   const Runs runs_;
   const S *grad_y_, *x_, *residual_;
-  const double* mean_;
   const F* forward_;
   Ones ones_;
   Tail tail_;
@@ -808,9 +814,9 @@ class GradTile {
 
 template <class S, class Tail>
 void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
-                    const S* x, const double* mean, const Affine<Compute<S>>* forward,
+                    const S* x, const double* origin, const Affine<Compute<S>>* forward,
                     const Fusion& fusion, GradSums* partials) {
-  GradTile<S, Tail> tile(grid, Runs(grid, group, chunk), grad_y, x, mean, forward, fusion);
+  GradTile<S, Tail> tile(grid, Runs(grid, group, chunk), grad_y, x, origin, forward, fusion);
   tile.add_all();
   tile.store(chunk, partials);
 }
@@ -1141,12 +1147,11 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
 }
 
 // Rows [0, count) of sixteen columns of gradients and values, added to the columns' sums.
-template <class S, class ReadG, class ReadX>
-BNEXT_INLINE void add_grad_columns(std::int64_t count,
-                                   const typename GradientSums<S>::Center* center, ReadG read_g,
-                                   ReadX read_x, double* total, double* products) {
-  GradientSums<S> sums(0);
-  if constexpr (GradientSums<S>::shifted) sums.center = load(center);
+template <class Sums, class ReadG, class ReadX>
+BNEXT_INLINE void add_grad_columns(std::int64_t count, const typename Sums::Addend* origin,
+                                   ReadG read_g, ReadX read_x, double* total, double* products) {
+  Sums sums(0);
+  if constexpr (Sums::shifted) sums.center = load(origin);
   sums.total = load(total);
   sums.products = load(products);
   sums.add_each(count, read_g, read_x);
@@ -1156,16 +1161,17 @@ BNEXT_INLINE void add_grad_columns(std::int64_t count,
 
 template <class S, class Tail>
 void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
-                       const S* x, const double* mean, const Affine<Compute<S>>* forward,
+                       const S* x, const double* origin, const Affine<Compute<S>>* forward,
                        const Fusion& fusion, GradSums* partials) {
+  using Sums = GradientSums<S, Tail::plain>;
+  using Addend = typename Sums::Addend;
   const Columns columns(grid, group);
-  using Center = typename GradientSums<S>::Center;
-  Center center[max_columns];
+  Addend origins[max_columns];
   double total[max_columns], products[max_columns], sums_g[Grid::max_group_width],
       sums_gx[Grid::max_group_width];
-  mean += columns.first_channel;
-  if constexpr (GradientSums<S>::shifted)
-    spread(grid, columns, center, [&](std::int64_t c) { return static_cast<Center>(mean[c]); });
+  origin += columns.first_channel;
+  if constexpr (Sums::shifted)
+    spread(grid, columns, origins, [&](std::int64_t c) { return static_cast<Addend>(origin[c]); });
   const ColumnAffine<Compute<S>> f(grid, columns, forward);
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
   Tail tail(fusion);
@@ -1189,37 +1195,37 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
           fetch(g + count * (width + w), count * lanes);
           fetch(values + count * (width + w), count * lanes);
         }
-        add_grad_columns<S>(
-            row_block, center + w,
+        add_grad_columns<Sums>(
+            row_block, origins + w,
             [&](std::int64_t k) __attribute__((always_inline)) {
               const S* from = g + k * grid.width;
               if constexpr (Tail::linear)
-                return load_as<Addend<S>>(from + w);
+                return load_as<Addend>(from + w);
               else
-                return gradients_of(runs[k], from, values + k * grid.width, w, coefficients);
+                return gradients_of<Addend>(runs[k], from, values + k * grid.width, w,
+                                            coefficients);
             },
             [&](std::int64_t k) __attribute__((always_inline)) {
-              return values_of(runs[k], values + k * grid.width + w);
+              return values_of<Addend>(runs[k], values + k * grid.width + w);
             },
             total + w, products + w);
       }
     for (; w < width; w += lanes)
-      add_grad_columns<S>(
-          count, center + w,
+      add_grad_columns<Sums>(
+          count, origins + w,
           [&](std::int64_t k) __attribute__((always_inline)) {
-            return gradients_of_first(runs[k], g + k * grid.width, values + k * grid.width, w,
-                                      width - w, coefficients);
+            return gradients_of_first<Addend>(runs[k], g + k * grid.width, values + k * grid.width,
+                                              w, width - w, coefficients);
           },
           [&](std::int64_t k) __attribute__((always_inline)) {
-            return values_of_first(runs[k], values + k * grid.width + w, width - w);
+            return values_of_first<Addend>(runs[k], values + k * grid.width + w, width - w);
           },
           total + w, products + w);
   });
   gather(grid, columns, total, sums_g);
   gather(grid, columns, products, sums_gx);
   for (std::int64_t c = 0; c < columns.channels; ++c)
-    partials[chunk * grid.problem.c + columns.first_channel + c] =
-        GradientSums<S>::centered_sums(sums_g[c], sums_gx[c], mean[c]);
+    partials[chunk * grid.problem.c + columns.first_channel + c] = {sums_g[c], sums_gx[c]};
 }
 
 template <class S, class Tail>
@@ -1294,17 +1300,17 @@ void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
 
 template <class S, class Tail>
 void grad_sums(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
-               const S* x, const double* mean, const Affine<Compute<S>>* forward,
+               const S* x, const double* origin, const Affine<Compute<S>>* forward,
                const Fusion& fusion, GradSums* partials) {
   (grid.columns ? grad_sums_columns<S, Tail> : grad_sums_rows<S, Tail>)(grid, group, chunk, grad_y,
-                                                                        x, mean, forward, fusion,
+                                                                        x, origin, forward, fusion,
                                                                         partials);
 }
 
 // SumTail: of the sums that are made on the way.
 template <class S, class Tail, class SumTail>
 void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
-                const S* x, const double* mean, const Affine<Compute<S>>* forward,
+                const S* x, const double* origin, const Affine<Compute<S>>* forward,
                 const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
                 S* grad_residual, GradSums* next_partials) {
   NoTile none;
@@ -1318,10 +1324,10 @@ void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
     apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
                              grad_residual, none);
     if (next_partials != nullptr)
-      grad_sums_rows<S, SumTail>(grid, group + 1, mirrored, grad_y, x, mean, forward, fusion,
+      grad_sums_rows<S, SumTail>(grid, group + 1, mirrored, grad_y, x, origin, forward, fusion,
                                  next_partials);
   } else {
-    GradTile<S, SumTail> next(grid, Runs(grid, group + 1, mirrored), grad_y, x, mean, forward,
+    GradTile<S, SumTail> next(grid, Runs(grid, group + 1, mirrored), grad_y, x, origin, forward,
                               fusion);
     apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
                              grad_residual, next);

@@ -51,6 +51,18 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
   return array != nullptr ? static_cast<double>(static_cast<const T*>(array)[c]) : otherwise;
 }
 
+// What sums of gradients count the values of a channel from, n = (x - center) scale. Products of
+// float32 are exact in float64 and need nothing; float64 has the center itself. Those of half types
+// are made in float32, exactly as long as x - origin has few digits: a multiple of some deviations
+// takes away what is large in x, and nothing of its digits.
+template <class S>
+double origin_of(double center, double scale) {
+  if (sizeof(S) == 8) return center;
+  const double step = std::ldexp(1, std::ilogb(1 / scale) + 3);
+  if (sizeof(S) == 4 || !std::isfinite(step)) return 0;
+  return static_cast<float>(step > 0 ? std::nearbyint(center / step) * step : center);
+}
+
 // `residual`: there is one, of which loops of their own ask what they need; `more`: something that
 // only the general ones do.
 Path path_of(const Fusion& f, bool residual, bool more) {
@@ -153,12 +165,13 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const std::int64_t kept_bytes = dropping ? grid.runs() * fusion.kept_bytes : 0;
   Workspace workspace(
       Workspace::bytes<GradSums>(channels * grid.chunks) + Workspace::bytes<Affine<T>>(channels) +
-      Workspace::bytes<GradAffine<T>>(channels) + 3 * Workspace::bytes<double>(channels) +
+      Workspace::bytes<GradAffine<T>>(channels) + 4 * Workspace::bytes<double>(channels) +
       Workspace::bytes<std::uint8_t>(kept_bytes));
   auto* partials = workspace.take<GradSums>(channels * grid.chunks);
   auto* forward = workspace.take<Affine<T>>(channels);
   auto* backward = workspace.take<GradAffine<T>>(channels);
   auto* center = workspace.take<double>(channels);
+  auto* origin = workspace.take<double>(channels);
   auto* scale = workspace.take<double>(channels);
   auto* weight = workspace.take<double>(channels);
   fusion.kept = workspace.take<std::uint8_t>(kept_bytes);
@@ -175,6 +188,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
     const double w = value_or<T>(a.weight, c, 1), b = value_or<T>(a.bias, c, 0);
     const Centered by = centered(a.from_result, a.mean[c], a.inv_std[c], w, b);
     center[c] = by.center;
+    origin[c] = origin_of<S>(by.center, by.scale);
     scale[c] = by.scale;
     weight[c] = by.weight;
     forward[c] =
@@ -184,7 +198,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   reduce_then_apply(
       grid,
       [&](std::int64_t group, std::int64_t chunk) {
-        grad_sums(grid, group, chunk, grad_y, x, center, forward, fusion, partials);
+        grad_sums(grid, group, chunk, grad_y, x, origin, forward, fusion, partials);
       },
       [&](std::int64_t c) {
         GradSums total{0, 0};
@@ -192,7 +206,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
           total.g += partials[chunk * channels + c].g;
           total.gx += partials[chunk * channels + c].gx;
         }
-        const double sum_gn = total.gx * scale[c];
+        const double sum_gn = (total.gx - (center[c] - origin[c]) * total.g) * scale[c];
         if (a.grad_weight != nullptr) static_cast<T*>(a.grad_weight)[c] = static_cast<T>(sum_gn);
         if (a.grad_bias != nullptr) static_cast<T*>(a.grad_bias)[c] = static_cast<T>(total.g);
         // Constant statistics pass no gradient on, not even one that is not finite.
@@ -201,7 +215,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
         backward[c] = grad_normalisation<T>(center[c], scale[c], weight[c], mean_g, mean_gn);
       },
       [&](std::int64_t group, std::int64_t chunk, bool next) {
-        apply_grad(grid, group, chunk, grad_y, x, center, forward, backward, fusion, grad_x,
+        apply_grad(grid, group, chunk, grad_y, x, origin, forward, backward, fusion, grad_x,
                    grad_residual, next ? partials : nullptr);
       });
 }

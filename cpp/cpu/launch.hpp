@@ -9,7 +9,7 @@
 
 namespace bnext {
 
-// What one tile contributes to a channel's gradients: sum g and sum g (x - mean).
+// What one tile contributes to a channel's gradients: sum g and sum g (x - origin).
 struct GradSums {
   double g, gx;
 };
@@ -35,11 +35,11 @@ struct Kernels {
   void (*apply[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* x,
                        const Affine<T>* forward, const Fusion&, S* y, Moments* next_partials);
   void (*grad_sums[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* grad_y,
-                           const S* x, const double* mean, const Affine<T>* forward, const Fusion&,
-                           GradSums* partials);
+                           const S* x, const double* origin, const Affine<T>* forward,
+                           const Fusion&, GradSums* partials);
   // grad_residual is optional.
   void (*apply_grad[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* grad_y,
-                            const S* x, const double* mean, const Affine<T>* forward,
+                            const S* x, const double* origin, const Affine<T>* forward,
                             const GradAffine<T>* backward, const Fusion&, S* grad_x,
                             S* grad_residual, GradSums* next_partials);
   // Elements [first, end); first is a multiple of dropout_run.

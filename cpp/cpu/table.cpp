@@ -21,6 +21,9 @@ struct Table {
   template <Mask mask>
   using Clip = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && !compact), Plain<S, clip>,
                                Any<mask>>::type;
+  // The order of sums of half types follows from whether gradients are as stored, everywhere alike.
+  using ClipSums =
+      typename Choice<sizeof(S) <= 4, Plain<S, clip>, Any<Mask::drawn_and_noted>>::type;
   template <Mask mask, bool residual>
   using ReluAnd = typename Choice<sizeof(S) == 4 && !compact,
                                   General<S, mask, Known<epilogue::relu, residual, !residual>>,
@@ -34,9 +37,9 @@ struct Table {
       moments<S>,
       {apply<S, None>, apply<S, Clip<drawn>>, apply<S, Dropout<drawn>>, apply<S, Residual<drawn>>,
        apply<S, Any<drawn>>},
-      {grad_sums<S, None>, grad_sums<S, Clip<noted>>, grad_sums<S, Dropout<noted>>,
+      {grad_sums<S, None>, grad_sums<S, ClipSums>, grad_sums<S, Dropout<noted>>,
        grad_sums<S, Residual<noted>>, grad_sums<S, Any<noted>>},
-      {apply_grad<S, None, None>, apply_grad<S, Clip<again>, Clip<noted>>,
+      {apply_grad<S, None, None>, apply_grad<S, Clip<again>, ClipSums>,
        apply_grad<S, Dropout<again>, Dropout<noted>>,
        apply_grad<S, Residual<again>, Residual<noted>>, apply_grad<S, Any<again>, Any<noted>>},
       dropout<S>};
