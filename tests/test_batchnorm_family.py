@@ -208,9 +208,12 @@ def check_formulas(norm, x, mask, residual, groups):
     results = [y, grads[0], norm.weight.grad, norm.bias.grad, *grads[1:]]
     kinds = [x.dtype, x.dtype, norm.weight.data.dtype, norm.weight.data.dtype, x.dtype]
     every_wanted = [expected.y, *expected.backward(grad_y)]
-    for result, dtype, wanted in zip(results, kinds, every_wanted, strict=False):
+    # A gradient's natural size is that of weight r grad_y: the terms that it is a difference of.
+    terms = abs(expected.weight * expected.factor * expected.r).max() * abs(grad_y).max()
+    units = [1, max(1, float(terms)), 1, 1, 1]
+    for result, dtype, wanted, unit in zip(results, kinds, every_wanted, units, strict=False):
         assert result.dtype == dtype
-        scale = 1 + abs(wanted).max()
+        scale = unit + abs(wanted).max()
         assert abs(reference.wide(result) - wanted).max() <= TOLERANCE[dtype] * scale
 
 
