@@ -440,11 +440,10 @@ struct ChannelsOfRow {
   }
 };
 
-// Where nothing has fetched a run before the only or the second pass over it; where sums are made
-// on the way, the first pass has left it in the cache.
+// For a pass that finds a run in memory.
 template <class T>
 Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
-  if (!grid.streaming || grid.sum_next) return {nullptr, nullptr};
+  if (!grid.streaming || grid.summed_before) return {nullptr, nullptr};
   return {run + length, run + length};
 }
 
@@ -453,8 +452,11 @@ Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
 constexpr std::int64_t units_of_a_call = 4;
 constexpr std::int64_t units_on_the_way = many_registers ? 1 : units_of_a_call;
 
-// As many are added at once where nothing else is to be done.
+// As many are added at once where nothing else is to be done. Two tensors are asked for in smaller
+// portions: a burst of prefetches takes all places where lines can be waited for.
 constexpr std::int64_t some_values = 256;
+template <class S>
+constexpr std::int64_t some_gradients = many_registers ? some_values : 512 / sizeof(S);
 
 // After the last value of any run.
 constexpr std::int64_t never = std::int64_t{1} << 62;
@@ -739,10 +741,10 @@ class GradTile {
                           const Ahead<S> ahead_g = runs_.ahead(grid_, grad_y_, b);
                           const Ahead<S> ahead_x = runs_.ahead(grid_, x_, b);
                           const std::int64_t end = (c + 1) * runs_.length;
-                          for (std::int64_t i = c * runs_.length; i < end; i += some_values)
+                          for (std::int64_t i = c * runs_.length; i < end; i += some_gradients<S>)
                             add_values(sums, tail, forward_[c], g, x, i,
-                                       end - i < some_values ? end - i : some_values, ahead_g,
-                                       ahead_x, ones_);
+                                       end - i < some_gradients<S> ? end - i : some_gradients<S>,
+                                       ahead_g, ahead_x, ones_);
                         }
                         sums_[c] = sums;
                       });
@@ -1267,11 +1269,14 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
 
 // -- the choice between the two -------------------------------------------------------------------
 
-// Loops that would take too much code if they also made the next sums on their way: those are made
-// after them.
+// Whether loops that write results also make the sums of the next group on their way: not where
+// that would take too much code. Sums of gradients in float64 need more registers than shorter
+// vectors leave, and a call that makes them costs more than it hides.
 template <class S, class Tail>
-constexpr bool sums_after =
-    compact || (!Tail::plain && (many_registers ? sizeof(S) == 8 : sizeof(S) != 4));
+constexpr bool sums_next =
+    !compact && (Tail::plain || (many_registers ? sizeof(S) != 8 : sizeof(S) == 4));
+template <class S, class Tail>
+constexpr bool grad_sums_next = sums_next<S, Tail> && (many_registers || sizeof(S) == 2);
 
 template <class S>
 void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
@@ -1282,20 +1287,20 @@ void moments(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* 
 template <class S, class Tail>
 void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
            const Affine<Compute<S>>* forward, const Fusion& fusion, S* y, Moments* next_partials) {
-  NoTile none;
   if (grid.columns) {
     apply_columns<S, Tail>(grid, group, chunk, x, forward, fusion, y);
     return;
   }
-  const std::int64_t mirrored = grid.chunks - 1 - chunk;
-  if (sums_after<S, Tail> || next_partials == nullptr) {
-    apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, none);
-    if (next_partials != nullptr) moments_rows<S>(grid, group + 1, mirrored, x, next_partials);
-  } else {
-    FirstMomentTile<S> next(grid, Runs(grid, group + 1, mirrored), x, nullptr);
-    apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, next);
-    next.store(mirrored, next_partials);
-  }
+  if constexpr (sums_next<S, Tail>)
+    if (next_partials != nullptr) {
+      const std::int64_t mirrored = grid.chunks - 1 - chunk;
+      FirstMomentTile<S> next(grid, Runs(grid, group + 1, mirrored), x, nullptr);
+      apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, next);
+      next.store(mirrored, next_partials);
+      return;
+    }
+  NoTile none;
+  apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, none);
 }
 
 template <class S, class Tail>
@@ -1313,26 +1318,24 @@ void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
                 const S* x, const double* origin, const Affine<Compute<S>>* forward,
                 const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
                 S* grad_residual, GradSums* next_partials) {
-  NoTile none;
   if (grid.columns) {
     apply_grad_columns<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
                                 grad_residual);
     return;
   }
-  const std::int64_t mirrored = grid.chunks - 1 - chunk;
-  if (sums_after<S, Tail> || next_partials == nullptr) {
-    apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
-                             grad_residual, none);
-    if (next_partials != nullptr)
-      grad_sums_rows<S, SumTail>(grid, group + 1, mirrored, grad_y, x, origin, forward, fusion,
-                                 next_partials);
-  } else {
-    GradTile<S, SumTail> next(grid, Runs(grid, group + 1, mirrored), grad_y, x, origin, forward,
-                              fusion);
-    apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
-                             grad_residual, next);
-    next.store(mirrored, next_partials);
-  }
+  if constexpr (grad_sums_next<S, Tail>)
+    if (next_partials != nullptr) {
+      const std::int64_t mirrored = grid.chunks - 1 - chunk;
+      GradTile<S, SumTail> next(grid, Runs(grid, group + 1, mirrored), grad_y, x, origin, forward,
+                                fusion);
+      apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
+                               grad_residual, next);
+      next.store(mirrored, next_partials);
+      return;
+    }
+  NoTile none;
+  apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
+                           grad_residual, none);
 }
 
 }  // namespace

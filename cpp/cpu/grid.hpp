@@ -30,10 +30,11 @@ struct Grid {
   std::int64_t rows_per_chunk;  // of every chunk but perhaps the last
   std::int64_t pieces;          // rows: of each sample; more than 1 only with 1 row a chunk
   std::int64_t chunks;
-  bool streaming;   // results go past the caches, and inputs come from memory
-  bool far;         // inputs lie beyond the cache of a core, and are asked for early
-  bool sum_next;    // rows: the sums of the next group are made on the way of writing this one
-  bool fetch_rows;  // columns: some rows fetch those that are next, contiguous ones
+  bool streaming;      // results go past the caches, and inputs come from memory
+  bool far;            // inputs lie beyond the cache of a core, and are asked for early
+  bool sum_next;       // rows: the sums of the next group are made on the way of writing this one
+  bool summed_before;  // rows: sums have just been made, so that their inputs are in the cache
+  bool fetch_rows;     // columns: some rows fetch those that are next, contiguous ones
 
   static constexpr std::int64_t max_group_width = 1024;   // columns of one group
   static constexpr std::int64_t max_group_channels = 64;  // rows: channels of one group

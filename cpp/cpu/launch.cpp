@@ -58,8 +58,9 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
 template <class S>
 double origin_of(double center, double scale) {
   if (sizeof(S) == 8) return center;
+  if (sizeof(S) == 4) return 0;
   const double step = std::ldexp(1, std::ilogb(1 / scale) + 3);
-  if (sizeof(S) == 4 || !std::isfinite(step)) return 0;
+  if (!std::isfinite(step)) return 0;
   return static_cast<float>(step > 0 ? std::nearbyint(center / step) * step : center);
 }
 
@@ -96,6 +97,7 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   // second pass goes backwards, since what the first read last is still there.
   const bool by_groups = grid.chunks == 1 || grid.groups >= 4 * num_threads();
   grid.sum_next = grid.sum_next && by_groups;
+  grid.summed_before = by_groups;
   grid.fetch_rows = grid.fetch_rows && !by_groups;
   if (by_groups) {
     parallel_shares(grid.groups, work, [&](std::int64_t begin, std::int64_t end) {
@@ -132,7 +134,9 @@ void launch(const BatchNormForwardArgs& a, const Kernels<S>& kernels) {
   auto* forward = workspace.take<Affine<T>>(channels);
   const auto* x = static_cast<const S*>(a.x);
   auto* y = static_cast<S*>(a.y);
-  const auto apply = kernels.apply[forward_path(a.fusion)];
+  const int path = forward_path(a.fusion);
+  const auto apply = kernels.apply[path];
+  grid.sum_next = grid.sum_next && kernels.sums_next[path];
 
   reduce_then_apply(
       grid,
@@ -182,6 +186,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const int path = backward_path(fusion, grad_residual != nullptr);
   const auto grad_sums = kernels.grad_sums[path];
   const auto apply_grad = kernels.apply_grad[path];
+  grid.sum_next = grid.sum_next && kernels.grad_sums_next[path];
   const auto count = static_cast<double>(a.problem.per_channel());
 
   for (std::int64_t c = 0; c < channels; ++c) {

@@ -35,6 +35,10 @@ struct Table {
   static constexpr Mask drawn = Mask::drawn, noted = Mask::drawn_and_noted, again = Mask::noted;
   static constexpr Kernels<S> kernels{
       moments<S>,
+      {sums_next<S, None>, sums_next<S, Clip<drawn>>, sums_next<S, Dropout<drawn>>,
+       sums_next<S, Residual<drawn>>, sums_next<S, Any<drawn>>},
+      {grad_sums_next<S, None>, grad_sums_next<S, Clip<again>>, grad_sums_next<S, Dropout<again>>,
+       grad_sums_next<S, Residual<again>>, grad_sums_next<S, Any<again>>},
       {apply<S, None>, apply<S, Clip<drawn>>, apply<S, Dropout<drawn>>, apply<S, Residual<drawn>>,
        apply<S, Any<drawn>>},
       {grad_sums<S, None>, grad_sums<S, ClipSums>, grad_sums<S, Dropout<noted>>,
