@@ -59,7 +59,7 @@ template <class S>
 double origin_of(double center, double scale) {
   if (sizeof(S) == 8) return center;
   if (sizeof(S) == 4) return 0;
-  const double step = std::ldexp(1, std::ilogb(1 / scale) + 3);
+  const double step = std::exp2(std::logb(1 / scale) + 3);  // also of 0 and infinity
   if (!std::isfinite(step)) return 0;
   return static_cast<float>(step > 0 ? std::nearbyint(center / step) * step : center);
 }
