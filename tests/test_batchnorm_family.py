@@ -196,10 +196,11 @@ def test_any_shape(drawn, dtype, chosen, seed):
         assume(mask.sum() > 1)
     residual = data(shape, axis, dtype, seed=8) if "epilogue" in chosen else None
     norm = layer_of(chosen, axis, dtype, shape[axis])
-    check_formulas(norm, data(shape, axis, dtype, seed), mask, residual, [(0, None)])
+    # Channels may have two values that nearly agree: what is left of large terms has their errors.
+    check_formulas(norm, data(shape, axis, dtype, seed), mask, residual, [(0, None)], True)
 
 
-def check_formulas(norm, x, mask, residual, groups):
+def check_formulas(norm, x, mask, residual, groups, cancelling=False):
     expected = Expected(norm, x, mask, residual, groups)
     y, backward = norm.forward(x, residual, mask=mask)
     grad_y = data(x.shape, norm.channel_axis, x.dtype, seed=4)
@@ -208,13 +209,15 @@ def check_formulas(norm, x, mask, residual, groups):
     results = [y, grads[0], norm.weight.grad, norm.bias.grad, *grads[1:]]
     kinds = [x.dtype, x.dtype, norm.weight.data.dtype, norm.weight.data.dtype, x.dtype]
     every_wanted = [expected.y, *expected.backward(grad_y)]
-    # A gradient's natural size is that of weight r grad_y: the terms that it is a difference of.
-    terms = abs(expected.weight * expected.factor * expected.r).max() * abs(grad_y).max()
-    units = [1, max(1, float(terms)), 1, 1, 1]
+    units = [1] * len(every_wanted)
+    if cancelling:
+        # A gradient's natural size is that of weight r grad_y: the terms it is a difference of.
+        terms = expected.weight * expected.factor * expected.r
+        units[1] = np.maximum(1, abs(terms) * abs(reference.wide(grad_y)).max())
     for result, dtype, wanted, unit in zip(results, kinds, every_wanted, units, strict=False):
         assert result.dtype == dtype
         scale = unit + abs(wanted).max()
-        assert abs(reference.wide(result) - wanted).max() <= TOLERANCE[dtype] * scale
+        assert (abs(reference.wide(result) - wanted) <= TOLERANCE[dtype] * scale).all()
 
 
 @each_combination

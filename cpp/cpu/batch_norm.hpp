@@ -163,13 +163,12 @@ struct MomentSums : Around<centered> {
 
 // Accumulates gradients g and g (x - origin), which is 0 for float32. `as_stored`: gradients have
 // no more digits than S. Products of half types are exact in float32 then: see origin_of.
-template <class S, bool as_stored>
-struct GradientSums
-    : Around<sizeof(S) != 4, typename Choice<added_narrow<S> && as_stored, float, double>::type> {
-  static constexpr bool shifted = sizeof(S) != 4;
-  static constexpr bool narrow = added_narrow<S> && as_stored;
+template <class S, bool as_stored,
+          class Addend_ = typename Choice<added_narrow<S> && as_stored, float, double>::type>
+struct GradientSums : Around<sums_have_origin<S>, Addend_> {
+  using Addend = Addend_;
+  static constexpr bool narrow = sizeof(Addend) == 4, shifted = sums_have_origin<S>;
   static constexpr std::int64_t unit = narrow ? 4 : 2;
-  using Addend = typename Choice<narrow, float, double>::type;
   Pack<double> total;
   Pack<double> products, more_products;
 
@@ -776,23 +775,20 @@ class GradTile {
           },
           [&](std::int64_t k)
               __attribute__((always_inline)) { return tail.input(load_values(x + i + k)); });
-    else if constexpr (Tail::linear && !Tail::Run::invertible)
+    else if constexpr (Tail::linear)
       sums.add(g + i, x + i, packs, ones);
     else
       sums.add(
           packs,
           [&](std::int64_t k) __attribute__((always_inline)) {
-            if constexpr (Tail::linear)
-              return load_as<Addend>(g + i + k * lanes);
-            else
-              return gradients_of<Addend>(tail, g, x, i + k * lanes, f_at);
+            return gradients_of<Addend>(tail, g, x, i + k * lanes, f_at);
           },
           [&](std::int64_t k)
               __attribute__((always_inline)) { return values_of<Addend>(tail, x + i + k * lanes); },
           ones);
     if (rest == 0) return;
     i += count - rest;
-    if constexpr (Tail::linear && !Tail::Run::invertible && !Sums::narrow)
+    if constexpr (Tail::linear && !Sums::narrow)
       sums.add_first(g + i, x + i, rest);
     else
       sums.add_each(

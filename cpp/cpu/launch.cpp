@@ -57,8 +57,8 @@ double value_or(const void* array, std::int64_t c, double otherwise) {
 // takes away what is large in x, and nothing of its digits.
 template <class S>
 double origin_of(double center, double scale) {
+  if (!sums_have_origin<S>) return 0;
   if (sizeof(S) == 8) return center;
-  if (sizeof(S) == 4) return 0;
   const double step = std::exp2(std::logb(1 / scale) + 3);  // also of 0 and infinity
   if (!std::isfinite(step)) return 0;
   return static_cast<float>(step > 0 ? std::nearbyint(center / step) * step : center);

@@ -13,6 +13,9 @@ namespace bnext {
 struct GradSums {
   double g, gx;
 };
+// Whether that may be another origin than 0: products of float32 need none, see origin_of.
+template <class S>
+constexpr bool sums_have_origin = sizeof(S) != 4;
 
 // How what follows the normalisation is computed: what is frequent and costs next to nothing has
 // loops of its own.

@@ -162,10 +162,6 @@ BNEXT_INLINE half_u16v to_bfloat(f32v v) {
   rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
   return (half_u16v)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)from, rounded));
 }
-// The first half of a vector, zero for the rest.
-BNEXT_INLINE half_u16v load_low_half(const void* p) {
-  return (half_u16v)_mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
-}
 // Eight (four, two) floats at p as doubles.
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm512_cvtps_pd(_mm256_loadu_ps(p));
@@ -225,9 +221,6 @@ BNEXT_INLINE f32v from_half(half_u16v v) {
 }
 BNEXT_INLINE half_u16v to_half(f32v v) {
   return (half_u16v)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-BNEXT_INLINE half_u16v load_low_half(const void* p) {
-  return (half_u16v)_mm_loadl_epi64(static_cast<const __m128i*>(p));
 }
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm256_cvtps_pd(_mm_loadu_ps(p));
@@ -340,11 +333,6 @@ BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
 #endif
 
 #if !defined(__AVX2__)
-BNEXT_INLINE half_u16v load_low_half(const void* p) {
-  std::uint64_t bits = 0;
-  __builtin_memcpy(&bits, p, sizeof bits / 2);
-  return load_vector<half_u16v>(&bits);
-}
 BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
   float values[sizeof(f64v) / sizeof(double)]{};
   for (std::int64_t l = 0; l < n && l < std::int64_t{sizeof values / sizeof(float)}; ++l)
@@ -672,27 +660,19 @@ BNEXT_INLINE Pack<double> load_wide(const float* p) {
   return Access<Pack<double>>::widened(p);
 }
 
-// A vector of doubles, from memory; the first n of it, zero for the rest.
+// A vector of doubles, from memory.
 BNEXT_INLINE f64v load_wide_vector(const float* p) {
   return load_widened(p);
-}
-BNEXT_INLINE f64v load_wide_vector_first(const float* p, std::int64_t n) {
-  return load_widened_first(p, n);
 }
 BNEXT_INLINE f64v load_wide_vector(const double* p) {
   return load_vector<f64v>(p);
 }
+// The first n of it, zero for the rest.
+BNEXT_INLINE f64v load_wide_vector_first(const float* p, std::int64_t n) {
+  return load_widened_first(p, n);
+}
 BNEXT_INLINE f64v load_wide_vector_first(const double* p, std::int64_t n) {
   return load_vector_first<f64v>(p, n);
-}
-template <class S>
-BNEXT_INLINE f64v load_wide_vector(const S* p) {
-  return widen_low(Storage<S>::decode(load_low_half(p)));
-}
-template <class S>
-BNEXT_INLINE f64v load_wide_vector_first(const S* p, std::int64_t n) {
-  constexpr std::int64_t all = vector_bytes / sizeof(double);
-  return widen_low(load_values_first(p, n < all ? n : all));
 }
 
 // Of another type that is no narrower.
