@@ -87,6 +87,19 @@ def test_rounding_next_to_every_tie(backend, dtype, shape):
 
 
 @halves
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF], ids=hex)
+def test_every_nan_of_a_parameter_stays_one(backend, dtype, layout, bits):
+    """Rounded as a number it would be infinite, or 0."""
+    x = np.ones([33 if size == -1 else size for size in LAYOUTS[layout]], dtype)
+    ones = np.ones(x.shape[1], np.float32)
+    nan = np.full(x.shape[1], bits, np.uint32).view(np.float32)
+    for parameters in ((nan, ones, ones), (ones, nan, ones), (ones, ones, nan)):
+        y = F.batch_norm_inference(x, parameters[0], ones, *parameters[1:], eps=0)
+        assert np.isnan(y.astype(np.float32)).all()
+
+
+@halves
 def test_dropout_copies_every_value(backend, dtype):
     x = every_value(dtype)
     y, saved = F.dropout_forward(x, 0)

@@ -639,14 +639,14 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
     const Ahead<S> ahead = within(grid, from, length);
     auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
     auto summed = next.run(runs.blocks - 1 - b);
-    write<1, !Tail::plain>(
+    write<1, !Tail::brief>(
         y + offset, 0, length, runs.length, grid.streaming, channels,
         [&](const auto& affine, auto at, int)
             __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
         [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
           ahead.fetch(from + i, count);
           run.fetch(i, count);
-          run.ready(i + count);
+          run.ready(i, count);
           summed.add_until(i + count);
         });
     run.finish();
@@ -702,7 +702,7 @@ class GradTile {
     BNEXT_INLINE void add_until_here(std::int64_t end) { add_channels_until(*this, end); }
     BNEXT_INLINE void add(Sums& to, std::int64_t count) {
       tail.fetch(i, count);
-      tail.ready(i + count);
+      tail.ready(i, count);
       add_values(to, tail, *f, g, x, i, count, ahead_g, ahead_x, ones);
       i += count;
     }
@@ -847,7 +847,7 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
     const Ahead<S> ahead_x = within(grid, values, length);
     auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
     auto summed = next.run(runs.blocks - 1 - b);
-    write<1, !Tail::plain>(
+    write<1, !Tail::brief>(
         grad_x + offset, 0, length, runs.length, grid.streaming, channels,
         [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
           const auto v = run.input(at(values));
@@ -860,7 +860,7 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
           ahead_g.fetch(g + i, count);
           ahead_x.fetch(values + i, count);
           run.fetch(i, count);
-          run.ready(i + count);
+          run.ready(i, count);
           summed.add_until(i + count);
         });
     run.finish();
@@ -1138,7 +1138,7 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
             },
             [&](std::int64_t i, std::int64_t count) {
               before.fetch(from, r, decltype(rows)::value, i, count);
-              run.ready(i + count);
+              run.ready(i, count);
             });
         run.finish();
       });
@@ -1184,7 +1184,7 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     };
     static_assert(row_block == 4);
     typename Tail::Run runs[row_block] = {run_of(0), run_of(1), run_of(2), run_of(3)};
-    for (std::int64_t k = 0; k < count; ++k) runs[k].ready(width);
+    for (std::int64_t k = 0; k < count; ++k) runs[k].ready(0, width);
     const auto coefficients = [&](auto at) __attribute__((always_inline)) { return f.at(at); };
     std::int64_t w = 0;
     if (count == row_block)
@@ -1257,7 +1257,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
             [&](std::int64_t i, std::int64_t count) {
               before.fetch(grad_y + offset, r, decltype(rows)::value, i, count);
               before.fetch(x + offset, r, decltype(rows)::value, i, count);
-              run.ready(i + count);
+              run.ready(i, count);
             });
         run.finish();
       });

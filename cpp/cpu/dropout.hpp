@@ -241,7 +241,7 @@ void dropout(const DropoutArgs& a, std::int64_t first, std::int64_t end, bool st
 
   constexpr std::int64_t batch = SharedBits::Mask::batch;
   std::uint8_t kept[dropout_run / 8 + batch / 8 + 4];  // Bits reads on
-  const Bits bits{kept, 0};
+  Bits bits{kept, 0};
   std::int64_t drawn = 0;
   const auto draw = [&]() {
     const std::int64_t begin = first + drawn;
@@ -255,17 +255,18 @@ void dropout(const DropoutArgs& a, std::int64_t first, std::int64_t end, bool st
                     one_channel([](auto) { return 0; }), value,
                     [&](std::int64_t e, std::int64_t n) {
                       ahead.fetch(from + e, n);
+                      bits.vectors_from(e);
                       while (drawn < e + n) draw();
                     });
   };
   // Not one loop for both: to add 0 is to change the sign of -0.
   if (shifted)
     write_values([&](int, auto at, int) __attribute__((always_inline)) {
-      return select_lanes(bits.at(at.i), at(from) * scale + shift, dropped);
+      return at.select(bits, at(from) * scale + shift, dropped);
     });
   else
     write_values([&](int, auto at, int) __attribute__((always_inline)) {
-      return select_lanes(bits.at(at.i), at(from) * scale, Vector<S>{});
+      return at.select(bits, at(from) * scale, Vector<S>{});
     });
 }
 

@@ -33,7 +33,7 @@ template <class S, class Epilogue>
 class Plain {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = Epilogue::linear, plain = true;
+  static constexpr bool linear = Epilogue::linear, plain = true, brief = true;
 
   explicit Plain(const Fusion& f)
       : limit_(f.activation == Activation::relu6 ? T(6) : static_cast<T>(__builtin_nan(""))) {}
@@ -48,7 +48,7 @@ class Plain {
     BNEXT_INLINE V input(V x) const {
       return x;
     }
-    BNEXT_INLINE void ready(std::int64_t) {}
+    BNEXT_INLINE void ready(std::int64_t, std::int64_t) {}
     BNEXT_INLINE void finish() {}
     BNEXT_INLINE void fetch(std::int64_t, std::int64_t) const {}
     template <class V, class P>
@@ -98,7 +98,7 @@ template <class S, Mask mask, class Knowledge = Unknown>
 class General {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = false, plain = false;
+  static constexpr bool linear = false, plain = false, brief = Knowledge::dropping;
 
   explicit General(const Fusion& f)
       : fusion_(f),
@@ -143,10 +143,13 @@ class General {
       return inverted_ ? epilogue::leaky_relu::value(x, inverse_) : x;
     }
 
-    // Before the elements up to `end` are asked for, counted from the first.
-    BNEXT_INLINE void ready(std::int64_t end) {
-      if (mask == Mask::noted || !dropping()) return;
-      while (drawn_ < first_ + end) draw();
+    // Before `count` elements from i on are asked for, counted from the first.
+    BNEXT_INLINE void ready(std::int64_t i, std::int64_t count) {
+      if (knowing()) passes_.vectors_from(i);
+      if (!dropping()) return;
+      kept_.vectors_from(i);
+      if (mask == Mask::noted) return;
+      while (drawn_ < first_ + i + count) draw();
     }
     BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count) const {
       if (residual_ != nullptr) ahead_.fetch(residual_ + i, count);
@@ -206,12 +209,12 @@ class General {
         if constexpr (Epilogue::cheap) return Epilogue::value(z, slope_);
         return value_of_its_own<Epilogue>(z, slope_);
       });
-      return dropping() ? select_lanes(kept_.at(at.i), y * scale_, V{}) : y;
+      return dropping() ? at.select(kept_, y * scale_, V{}) : y;
     }
 
     template <class V, class P, class Normalised>
     BNEXT_INLINE V gradient_here(V g, P at, Normalised normalised) const {
-      if (dropping()) g = select_lanes(kept_.at(at.i), g * scale_, V{});
+      if (dropping()) g = at.select(kept_, g * scale_, V{});
       return with_epilogue([&](auto e) __attribute__((always_inline)) -> V {
         using Epilogue = decltype(e);
         if constexpr (Epilogue::linear) return g;
@@ -219,7 +222,7 @@ class General {
           if (knowing()) {
             // Nothing is left of an infinite gradient, not the NaN that times 0 would make of it.
             const T leak = Epilogue::leak(slope_);
-            return select_lanes(passes_.at(at.i), g, leak == 0 ? V{} : g * leak);
+            return at.select(passes_, g, leak == 0 ? V{} : g * leak);
           }
         V z = normalised();
         if (adding()) z = z + at(residual_);
@@ -302,7 +305,7 @@ class General {
     Activation activation_;
     T slope_, scale_, inverse_;
     bool inverted_, may_drop_, recording_;
-    Bits kept_{nullptr, 0}, passes_{nullptr, 0};
+    Bits kept_, passes_;
     std::uint64_t word_ = 0;
     std::int64_t filled_ = 0, words_ = 0;
   };

@@ -110,6 +110,17 @@ BNEXT_INLINE void store_vector_first(V v, std::int64_t n, E* p) {
     }
 }
 
+BNEXT_INLINE u16v joined(half_u16v low, half_u16v high) {
+#if defined(__AVX512F__)
+  return (u16v)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+#elif defined(__AVX2__)
+  return (u16v)_mm256_set_m128i((__m128i)high, (__m128i)low);
+#else
+  const half_u16v both[2] = {low, high};
+  return load_vector<u16v>(both);
+#endif
+}
+
 #if defined(__AVX512F__)
 // The first n of `lanes` lanes.
 BNEXT_INLINE unsigned first_lanes(std::int64_t n, unsigned all) {
@@ -142,8 +153,9 @@ BNEXT_INLINE void store_vector_first<half_u16v>(half_u16v v, std::int64_t n, std
 BNEXT_INLINE f32v from_half(half_u16v v) {
   return _mm512_cvtph_ps((__m256i)v);
 }
-BNEXT_INLINE half_u16v to_half(f32v v) {
-  return (half_u16v)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+BNEXT_INLINE u16v to_half(f32v a, f32v b) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return joined((half_u16v)_mm512_cvtps_ph(a, nearest), (half_u16v)_mm512_cvtps_ph(b, nearest));
 }
 // One instruction takes 16 bits from any place to any place.
 BNEXT_INLINE f32v from_bfloat(half_u16v v) {
@@ -152,15 +164,19 @@ BNEXT_INLINE f32v from_bfloat(half_u16v v) {
   return (f32v)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, (__m512i)from,
                                               _mm512_castsi256_si512((__m256i)v));
 }
-// To nearest, ties to even. A NaN keeps its upper bits: all come out of arithmetic, which sets one.
-BNEXT_INLINE half_u16v to_bfloat(f32v v) {
-  const u16v from = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+// In the upper halves of 32 bits. To nearest, ties to even. A NaN keeps its upper bits: all come
+// out of arithmetic, which sets one.
+BNEXT_INLINE __m512i round_to_bfloat(f32v v) {
   const auto bits = (__m512i)v;
   const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
   const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
-  __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7FFF));
-  rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
-  return (half_u16v)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)from, rounded));
+  const __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7FFF));
+  return _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+}
+BNEXT_INLINE u16v to_bfloat(f32v a, f32v b) {
+  const u16v from = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return (u16v)_mm512_permutex2var_epi16(round_to_bfloat(a), (__m512i)from, round_to_bfloat(b));
 }
 // Eight (four, two) floats at p as doubles.
 BNEXT_INLINE f64v load_widened(const float* p) {
@@ -201,9 +217,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
 }
-BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
-  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
-}
 #elif defined(__AVX2__)
 template <>
 BNEXT_INLINE f32v load_vector_first<f32v>(const float* p, std::int64_t n) {
@@ -219,8 +232,9 @@ BNEXT_INLINE f64v load_vector_first<f64v>(const double* p, std::int64_t n) {
 BNEXT_INLINE f32v from_half(half_u16v v) {
   return _mm256_cvtph_ps((__m128i)v);
 }
-BNEXT_INLINE half_u16v to_half(f32v v) {
-  return (half_u16v)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+BNEXT_INLINE u16v to_half(f32v a, f32v b) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return joined((half_u16v)_mm256_cvtps_ph(a, nearest), (half_u16v)_mm256_cvtps_ph(b, nearest));
 }
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm256_cvtps_pd(_mm_loadu_ps(p));
@@ -259,9 +273,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
 }
-BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
-  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
-}
 #elif defined(__SSE2__)
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -291,11 +302,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 }
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
-}
-BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
-  long long bits;
-  __builtin_memcpy(&bits, &v, sizeof bits);
-  _mm_stream_si64(static_cast<long long*>(to), bits);
 }
 #else
 BNEXT_INLINE f64v load_widened(const float* p) {
@@ -327,9 +333,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   store_vector(v, to);
 }
-BNEXT_INLINE void stream_half_vector(void* to, half_u16v v) {
-  store_vector(v, to);
-}
 #endif
 
 #if !defined(__AVX2__)
@@ -342,31 +345,33 @@ BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
 #endif
 
 #if !defined(__AVX512F__)
-// GCC takes four instructions for either.
-BNEXT_INLINE u32v widen_words(half_u16v v) {
 #if defined(__AVX2__)
-  return (u32v)_mm256_cvtepu16_epi32((__m128i)v);
-#else
-  return __builtin_convertvector(v, u32v);
-#endif
+// Bytes can be moved in one instruction, but not from one half of a vector to the other.
+BNEXT_INLINE f32v from_bfloat(half_u16v v) {
+  const auto both = _mm256_broadcastsi128_si256((__m128i)v);
+  return (f32v)_mm256_shuffle_epi8(
+      both, _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                             -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15));
 }
 // Of numbers below 2^16.
-BNEXT_INLINE half_u16v pack_words(u32v v) {
-#if defined(__AVX2__)
-  return (half_u16v)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v),
-                                     _mm256_extracti128_si256((__m256i)v, 1));
+BNEXT_INLINE u16v pack_words(u32v a, u32v b) {
+  return (u16v)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)a, (__m256i)b), 0xD8);
+}
 #else
-  return __builtin_convertvector(v, half_u16v);
-#endif
-}
 BNEXT_INLINE f32v from_bfloat(half_u16v v) {
-  return (f32v)(widen_words(v) << 16);
+  return (f32v)(__builtin_convertvector(v, u32v) << 16);
 }
-// To nearest, ties to even.
-BNEXT_INLINE half_u16v to_bfloat(f32v v) {
-  const u32v bits = (u32v)v;
-  const u32v rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  return pack_words(v != v ? bits >> 16 | 0x40u : rounded);
+BNEXT_INLINE u16v pack_words(u32v a, u32v b) {
+  return joined(__builtin_convertvector(a, half_u16v), __builtin_convertvector(b, half_u16v));
+}
+#endif
+// To nearest, ties to even. A NaN keeps its upper bits: all come out of arithmetic, which sets one.
+BNEXT_INLINE u32v round_to_bfloat(f32v v) {
+  const u32v bits = (u32v)v, number = (u32v)(v == v);
+  return (bits + (number & (0x7FFFu + (bits >> 16 & 1u)))) >> 16;
+}
+BNEXT_INLINE u16v to_bfloat(f32v a, f32v b) {
+  return pack_words(round_to_bfloat(a), round_to_bfloat(b));
 }
 #endif
 
@@ -392,26 +397,40 @@ __attribute__((noinline)) half_u16v to_half(f32v v) {
   const u32v limited = magnitude >= 0x47800000u ? u32v{} + 0x7C00u : finite;
   return __builtin_convertvector((magnitude > 0x7F800000u ? nan : limited) | sign, half_u16v);
 }
+BNEXT_INLINE u16v to_half(f32v a, f32v b) {
+  return joined(to_half(a), to_half(b));
+}
 #endif
 
 // -- values in memory and vectors of them ---------------------------------------------------------
 
 // How a dtype lies in memory: as vectors of what it is computed in, or as 16 bits to be converted.
+// `encode_whole` fills a vector in memory with those that f gives for the elements from 0, ... on.
 template <class S>
 struct Storage {
   using Bits = Vector<S>;
   using Element = S;
   static BNEXT_INLINE Vector<S> decode(Bits v) { return v; }
   static BNEXT_INLINE Bits encode(Vector<S> v) { return v; }
-  static BNEXT_INLINE void stream(void* to, Bits v) { stream_vector(to, (u32v)v); }
+  template <class F>
+  static BNEXT_INLINE u32v encode_whole(F f) {
+    return (u32v)f(0);
+  }
 };
-template <f32v (*from)(half_u16v), half_u16v (*to)(f32v)>
+template <f32v (*from)(half_u16v), u16v (*to)(f32v, f32v)>
 struct HalfStorage {
   using Bits = half_u16v;
   using Element = std::uint16_t;
   static BNEXT_INLINE f32v decode(Bits v) { return from(v); }
-  static BNEXT_INLINE Bits encode(f32v v) { return to(v); }
-  static BNEXT_INLINE void stream(void* to_, Bits v) { stream_half_vector(to_, v); }
+  static BNEXT_INLINE Bits encode(f32v v) {
+    const u16v twice = to(v, v);
+    return load_vector<Bits>(&twice);
+  }
+  template <class F>
+  static BNEXT_INLINE u32v encode_whole(F f) {
+    const f32v first = f(0);
+    return (u32v)to(first, f(vector_length<float>));
+  }
 };
 template <>
 struct Storage<float16> : HalfStorage<from_half, to_half> {};
@@ -425,11 +444,6 @@ BNEXT_INLINE Vector<S> load_values(const S* p) {
 template <class S>
 BNEXT_INLINE void store_values(Vector<S> v, S* p) {
   store_vector(Storage<S>::encode(v), p);
-}
-// Past the caches.
-template <class S>
-BNEXT_INLINE void stream_values(Vector<S> v, S* p) {
-  Storage<S>::stream(p, Storage<S>::encode(v));
 }
 // The first n only; zero in the other lanes.
 template <class S>
@@ -712,6 +726,57 @@ BNEXT_INLINE double sum(Vectors<f64v, n> v) {
   return sum(v.low + v.high);
 }
 
+// -- bits -----------------------------------------------------------------------------------------
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool bits_become_signs = true;
+#else
+constexpr bool bits_become_signs = false;
+#endif
+
+// A bit for each of some elements, from bit `first` of `bytes` on. Words are read whole: there must
+// be four bytes after the last.
+struct Bits {
+  const std::uint8_t* bytes = nullptr;
+  std::int64_t first = 0;
+  u32v to_sign;  // how far to shift a word for each lane of a whole vector
+
+  Bits() = default;
+  BNEXT_INLINE Bits(const std::uint8_t* bytes_, std::int64_t first_)
+      : bytes(bytes_), first(first_) {}
+
+  // Those of the elements from i on, lowest first; at least 16 of them.
+  BNEXT_INLINE std::uint32_t at(std::int64_t i) const {
+    return word_at(i) >> (static_cast<std::uint64_t>(first + i) % 8);
+  }
+  // Whole vectors follow that begin some whole bytes after element i.
+  BNEXT_INLINE void vectors_from(std::int64_t i) {
+    if constexpr (!bits_become_signs) return;
+    for (int l = 0; l < vector_bytes / 4; ++l) to_sign[l] = static_cast<std::uint32_t>(31 - l);
+    to_sign -= static_cast<std::uint32_t>(static_cast<std::uint64_t>(first + i) % 8);
+  }
+  // a for the elements of a whole vector whose bit is set, b for the others: a lane takes its bit
+  // as its sign where no mask of lanes is to be had.
+  template <class V>
+  BNEXT_INLINE V select(std::int64_t i, V a, V b) const {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (sizeof a[0] == 4) {
+      const auto word = _mm256_set1_epi32(static_cast<int>(word_at(i)));
+      const auto signs = _mm256_sllv_epi32(word, (__m256i)to_sign);
+      return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(signs));
+    }
+#endif
+    return select_lanes(at(i), a, b);
+  }
+
+ private:
+  BNEXT_INLINE std::uint32_t word_at(std::int64_t i) const {
+    std::uint32_t word;
+    __builtin_memcpy(&word, bytes + static_cast<std::uint64_t>(first + i) / 8, sizeof word);
+    return word;
+  }
+};
+
 // -- reading ahead --------------------------------------------------------------------------------
 
 // Some processors fetch too little ahead from memory, or stop at every page: the kernels do it
@@ -762,6 +827,9 @@ struct Place {
     return load_values(row + i);
   }
   BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const { store_values(v, row + i); }
+  BNEXT_INLINE Vector<S> select(const Bits& bits, Vector<S> a, Vector<S> b) const {
+    return bits.select(i, a, b);
+  }
 };
 template <class S>
 struct PartialPlace {
@@ -773,6 +841,9 @@ struct PartialPlace {
   }
   BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const {
     store_values_first(v, count, row + i);
+  }
+  BNEXT_INLINE Vector<S> select(const Bits& bits, Vector<S> a, Vector<S> b) const {
+    return select_lanes(bits.at(i), a, b);
   }
 };
 
@@ -850,16 +921,33 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
   constexpr std::int64_t streamed_step = (large || many_registers ? 2 : 8) * line;
   constexpr std::int64_t streamed_block = streamed_step < block ? streamed_step : block;
   const std::int64_t step = streaming ? streamed_step : 4 * block;
-  const auto write_at = [&](const auto& coefficients, auto place, S* __restrict at)
-                            __attribute__((always_inline)) {
-                              const auto& k = coefficients(place);
+  const auto write_part = [&](const auto& coefficients, PartialPlace<S> place, S* __restrict at)
+                              __attribute__((always_inline)) {
+                                const auto& k = coefficients(place);
+                                for (int row = 0; row < rows; ++row)
+                                  place.write(value(k, place, row), at + row * stride);
+                              };
+  // Rows [first, last) of the places that one vector in memory has.
+  constexpr std::int64_t whole_length = vector_bytes / sizeof(S);
+  const auto write_whole = [&](const auto& coefficients, auto place, int first, int last,
+                               bool past_caches) __attribute__((always_inline)) {
+    const auto at = [&](std::int64_t further) __attribute__((always_inline)) {
+      auto moved = place;
+      moved.i += further;
+      return moved;
+    };
 #pragma GCC unroll 8
-                              for (int row = 0; row < rows; ++row)
-                                place.write(value(k, place, row), at + row * stride);
-                            };
-  const auto stream_at = [&](const auto& coefficients, auto place,
-                             int row) __attribute__((always_inline)) {
-    stream_values(value(coefficients(place), place, row), to + row * stride + place.i);
+    for (int row = first; row < last; ++row) {
+      const u32v bits =
+          Storage<S>::encode_whole([&](std::int64_t k) __attribute__((always_inline)) {
+            return value(coefficients(at(k)), at(k), row);
+          });
+      S* const target = to + row * stride + place.i;
+      if (past_caches)
+        stream_vector(target, bits);
+      else
+        store_vector(bits, target);
+    }
   };
   // Parts of a line one after the other, and of nothing else in between.
   const auto stream_line = [&](const auto& coefficients,
@@ -867,8 +955,8 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
     for (int row = 0; row < rows; ++row) {
       OtherLine<S> other;
 #pragma GCC unroll 1
-      for (std::int64_t at = begin; at < begin + line; at += vector_length<S>)
-        stream_at(coefficients, StreamedPlace<S>{{at}, begin, &other}, row);
+      for (std::int64_t at = begin; at < begin + line; at += whole_length)
+        write_whole(coefficients, StreamedPlace<S>{{at}, begin, &other}, row, row + 1, true);
       if (other.to != nullptr) write_line(other.values, other.to);
     }
   };
@@ -880,13 +968,13 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
 #pragma GCC unroll 8
         for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 8
-          for (std::int64_t at = 0; at < streamed_block; at += vector_length<S>)
-            stream_at(coefficients, Place<S>{i + at}, row);
+          for (std::int64_t at = 0; at < streamed_block; at += whole_length)
+            write_whole(coefficients, Place<S>{i + at}, row, row + 1, true);
     else
       for (; i + block <= end; i += block)
 #pragma GCC unroll 8
-        for (std::int64_t at = 0; at < block; at += vector_length<S>)
-          write_at(coefficients, Place<S>{i + at}, to);
+        for (std::int64_t at = 0; at < block; at += whole_length)
+          write_whole(coefficients, Place<S>{i + at}, 0, rows, false);
     return i;
   };
 
@@ -904,7 +992,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
 #pragma GCC unroll 1
       for (std::int64_t at = i; at < end; at += vector_length<S>) {
         const std::int64_t count = end - at < vector_length<S> ? end - at : vector_length<S>;
-        write_at(coefficients, PartialPlace<S>{at, count}, streamed ? values - i : to);
+        write_part(coefficients, {at, count}, streamed ? values - i : to);
       }
       if (streamed) write_line(values, to + i);
       i = end;
@@ -923,29 +1011,12 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
         for (; i < until; i += line) stream_line(coefficients, i);
       } else {
 #pragma GCC unroll 1
-        for (; i < until; i += vector_length<S>) write_at(coefficients, Place<S>{i}, to);
+        for (; i < until; i += whole_length) write_whole(coefficients, Place<S>{i}, 0, rows, false);
       }
     }
     end = whole == channel_end ? whole : whole + line < length ? whole + line : length;
   }
 }
-
-// -- bits -----------------------------------------------------------------------------------------
-
-// A bit for each of some elements, from bit `first` of `bytes` on. Words are read whole: there must
-// be four bytes after the last.
-struct Bits {
-  const std::uint8_t* bytes;
-  std::int64_t first;
-
-  // Those of the elements from i on, lowest first; at least 16 of them.
-  BNEXT_INLINE std::uint32_t at(std::int64_t i) const {
-    const auto bit = static_cast<std::uint64_t>(first + i);
-    std::uint32_t word;
-    __builtin_memcpy(&word, bytes + bit / 8, sizeof word);
-    return word >> (bit % 8);
-  }
-};
 
 }  // namespace
 }  // namespace bnext
