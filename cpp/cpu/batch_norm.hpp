@@ -842,12 +842,12 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
   for (std::int64_t b = runs.blocks; b-- > 0;) {
     const std::int64_t offset = runs.offset(b);
     const S *g = grad_y + offset, *values = x + offset;
-    S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
+    S* const also = !Tail::adds || grad_residual == nullptr ? nullptr : grad_residual + offset;
     const Ahead<S> ahead_g = within(grid, g, length);
     const Ahead<S> ahead_x = within(grid, values, length);
     auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
     auto summed = next.run(runs.blocks - 1 - b);
-    write<1, !Tail::brief>(
+    write<1, !Tail::brief || Tail::adds>(
         grad_x + offset, 0, length, runs.length, grid.streaming, channels,
         [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
           const auto v = run.input(at(values));
@@ -1239,7 +1239,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
   for_each_rows_backwards<S, rows_together<Tail>>(
       grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
         const std::int64_t offset = r * grid.width + columns.first;
-        S* const also = Tail::plain || grad_residual == nullptr ? nullptr : grad_residual + offset;
+        S* const also = !Tail::adds || grad_residual == nullptr ? nullptr : grad_residual + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
         write<decltype(rows)::value, !Tail::plain>(
             grad_x + offset, grid.width, width, width, grid.streaming,

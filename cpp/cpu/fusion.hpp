@@ -29,11 +29,12 @@ struct clip {
 };
 
 // An activation alone. `linear`: gradients pass as they are. `plain`: a run has nothing of its own.
+// `adds`: there may be a residual. `brief`: takes little code.
 template <class S, class Epilogue>
 class Plain {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = Epilogue::linear, plain = true, brief = true;
+  static constexpr bool linear = Epilogue::linear, plain = true, adds = false, brief = true;
 
   explicit Plain(const Fusion& f)
       : limit_(f.activation == Activation::relu6 ? T(6) : static_cast<T>(__builtin_nan(""))) {}
@@ -98,7 +99,8 @@ template <class S, Mask mask, class Knowledge = Unknown>
 class General {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = false, plain = false, brief = Knowledge::dropping;
+  static constexpr bool linear = false, plain = false,
+                        adds = !Knowledge::known || Knowledge::residual, brief = Knowledge::known;
 
   explicit General(const Fusion& f)
       : fusion_(f),
