@@ -80,6 +80,18 @@ std::string dtype_names() {
   return list;
 }
 
+// What NumPy makes of an object.
+py::array as_array(const char* operation, const char* argument, py::handle object) {
+  try {
+    return py::module_::import("numpy").attr("asarray")(object);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_ValueError)) throw;
+    throw py::value_error(where(operation, argument) + "expected an array, got a " +
+                          type_name(object) +
+                          " that is none: " + py::str(error.value()).cast<std::string>());
+  }
+}
+
 }  // namespace
 
 Shape shape_of(const py::array& array) {
@@ -95,7 +107,7 @@ py::array input(const char* operation, const char* argument, py::handle object) 
   }
   const bool plain = exact || py::isinstance<py::array>(object);
   if (!exact) refuse_masked(operation, argument, object);
-  py::array array = py::module_::import("numpy").attr("asarray")(object);
+  const py::array array = as_array(operation, argument, object);
   if (!known(array.dtype()))
     throw py::type_error(where(operation, argument) + "expected dtype " + dtype_names() + ", got " +
                          dtype_name(array.dtype()));
@@ -108,9 +120,13 @@ py::array input(const char* operation, const char* argument, py::handle object) 
 OptionalArray per_channel(const char* operation, const char* argument, py::handle object,
                           const py::dtype& like) {
   if (object.is_none()) return std::nullopt;
-  if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object))
-    return input(operation, argument,
-                 py::module_::import("numpy").attr("asarray")(object, py::arg("dtype") = like));
+  if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object)) {
+    const py::array array = as_array(operation, argument, object);
+    const char kind = array.dtype().kind();
+    if (kind == 'i' || kind == 'u' || known(array.dtype()))
+      return input(operation, argument, array.attr("astype")(like));
+    return input(operation, argument, array);
+  }
   return input(operation, argument, object);
 }
 

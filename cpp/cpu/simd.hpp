@@ -728,12 +728,6 @@ BNEXT_INLINE double sum(Vectors<f64v, n> v) {
 
 // -- bits -----------------------------------------------------------------------------------------
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr bool bits_become_signs = true;
-#else
-constexpr bool bits_become_signs = false;
-#endif
-
 // A bit for each of some elements, from bit `first` of `bytes` on. Words are read whole: there must
 // be four bytes after the last.
 struct Bits {
@@ -751,7 +745,6 @@ struct Bits {
   }
   // Whole vectors follow that begin some whole bytes after element i.
   BNEXT_INLINE void vectors_from(std::int64_t i) {
-    if constexpr (!bits_become_signs) return;
     for (int l = 0; l < vector_bytes / 4; ++l) to_sign[l] = static_cast<std::uint32_t>(31 - l);
     to_sign -= static_cast<std::uint32_t>(static_cast<std::uint64_t>(first + i) % 8);
   }
