@@ -495,15 +495,15 @@ def main() -> int:
         case = list(measure(name, shape, classes, options))
         print_table(case)
         rows += case
-    if options.json:
-        facts = {
-            "threads": options.threads,
-            "backend": _core.backend(),
-            "dtype": options.dtype,
-            "layout": "nhwc" if options.channels_last else "nchw",
-            "rows": rows,
-        }
-        pathlib.Path(options.json).write_text(json.dumps(facts, indent=1))
+        if options.json:  # after each shape: with compilers among the contenders one takes minutes
+            facts = {
+                "threads": options.threads,
+                "backend": _core.backend(),
+                "dtype": options.dtype,
+                "layout": "nhwc" if options.channels_last else "nchw",
+                "rows": rows,
+            }
+            pathlib.Path(options.json).write_text(json.dumps(facts, indent=1))
     if options.plot:
         layout = "NHWC" if options.channels_last else "NCHW"
         plot(rows, options.plot, f"{options.dtype} {layout}")
