@@ -1,6 +1,7 @@
 #include "bind/arrays.hpp"
 
 #include <atomic>
+#include <cstring>
 #include <iterator>
 #include <limits>
 #include <memory>
@@ -122,10 +123,10 @@ OptionalArray per_channel(const char* operation, const char* argument, py::handl
   if (object.is_none()) return std::nullopt;
   if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object)) {
     const py::array array = as_array(operation, argument, object);
-    const char kind = array.dtype().kind();
-    if (kind == 'i' || kind == 'u' || known(array.dtype()))
-      return input(operation, argument, array.attr("astype")(like));
-    return input(operation, argument, array);
+    // Numbers of any kind become the parameters'; input refuses the rest.
+    const bool numbers =
+        std::strchr("biuf", array.dtype().kind()) != nullptr || known(array.dtype());
+    return input(operation, argument, numbers ? py::array(array.attr("astype")(like)) : array);
   }
   return input(operation, argument, object);
 }
