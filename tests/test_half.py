@@ -13,7 +13,7 @@ import bnext
 import reference
 from bnext import _dtypes, nn
 from bnext import functional as F
-from cases import DTYPES, HALF_DTYPES, TOLERANCE, data, dtype_name
+from cases import ACTIVATIONS, DTYPES, HALF_DTYPES, TOLERANCE, data, dtype_name
 from test_dropout_family import LAYERS as DROPOUT_LAYERS
 
 halves = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
@@ -97,6 +97,25 @@ def test_every_nan_of_a_parameter_stays_one(backend, dtype, layout, bits):
     for parameters in ((nan, ones, ones), (ones, nan, ones), (ones, ones, nan)):
         y = F.batch_norm_inference(x, parameters[0], ones, *parameters[1:], eps=0)
         assert np.isnan(y.astype(np.float32)).all()
+    _, saved = F.batch_norm_forward(x, nan)
+    assert np.isnan(F.batch_norm_backward(x, saved).x.astype(np.float32)).all()
+
+
+@halves
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_nan_of_the_data_stays_one(backend, dtype, activation):
+    infinity = np.array(np.inf, dtype).view(np.uint16)
+    nan = np.arange(infinity + 1, 0x8000, dtype=np.uint16)
+    x = np.ones((2, 2, 2 * len(nan)), dtype)
+    x[0, 1] = np.concatenate([nan, nan | 0x8000]).view(dtype)
+    is_nan = np.isnan(x.astype(np.float32))
+    numbers, zeros, ones = np.ones_like(x), np.zeros(2, np.float32), np.ones(2, np.float32)
+    for values, residual in ((x, None), (numbers, x)):
+        y = F.batch_norm_inference(values, zeros, ones, activation=activation, residual=residual)
+        np.testing.assert_array_equal(np.isnan(y.astype(np.float32)), is_nan)
+    _, saved = F.batch_norm_forward(numbers, None, ones, activation=activation)
+    grad_x = F.batch_norm_backward(x, saved).x.astype(np.float32)
+    np.testing.assert_array_equal(np.isnan(grad_x).any((0, 2)), [False, True])
 
 
 @halves

@@ -39,6 +39,13 @@ BNEXT_HD static inline Moments merged(const Moments* sets, long count, long stri
   return {values, count == 1 ? origin : mean, m2};
 }
 
+// To the type of the loops. A NaN becomes one whose digits are all zeros: those of another could be
+// carried into the sign where results are rounded to bfloat16.
+template <class T>
+BNEXT_HD static inline T narrowed(double value) {
+  return static_cast<T>(value == value ? value : __builtin_nan(""));
+}
+
 // y = (x - mean) scale + shift: the normalisation as the apply loops compute it. The mean is
 // rounded to T, what rounding took away goes into the shift: x - mean is then exact where it
 // matters, and nothing of the size of |mean| scale is ever added.
@@ -50,12 +57,12 @@ struct Affine {
 template <class T>
 BNEXT_HD static inline Affine<T> normalisation(double mean, double inv_std, double weight,
                                                double bias) {
-  const T rounded = static_cast<T>(mean);
+  const T rounded = narrowed<T>(mean);
   const double scale = weight * inv_std;
   // Zero when nothing was rounded away, even if scale is infinite (a constant channel, eps = 0).
   const double lost = mean - static_cast<double>(rounded);
   const double shift = lost == 0 ? bias : bias - lost * scale;
-  return {rounded, static_cast<T>(scale), static_cast<T>(shift)};
+  return {rounded, narrowed<T>(scale), narrowed<T>(shift)};
 }
 
 // Also for vectors of T, with the coefficients of one channel or vectors of them.
@@ -76,11 +83,10 @@ BNEXT_HD static inline GradAffine<T> grad_normalisation(double mean, double inv_
                                                         double mean_g, double mean_gn) {
   const double g_scale = weight * inv_std;
   const double x_scale = -g_scale * inv_std * mean_gn;
-  const T g_rounded = static_cast<T>(mean_g), x_rounded = static_cast<T>(mean);
+  const T g_rounded = narrowed<T>(mean_g), x_rounded = narrowed<T>(mean);
   const double shift = -g_scale * (mean_g - static_cast<double>(g_rounded)) -
                        x_scale * (mean - static_cast<double>(x_rounded));
-  return {g_rounded, static_cast<T>(g_scale), x_rounded, static_cast<T>(x_scale),
-          static_cast<T>(shift)};
+  return {g_rounded, narrowed<T>(g_scale), x_rounded, narrowed<T>(x_scale), narrowed<T>(shift)};
 }
 
 template <class T, class X>

@@ -28,6 +28,13 @@ constexpr bool exact_products = sizeof(S) <= 4;
 template <class S>
 constexpr bool added_narrow = sizeof(S) == 2;
 
+// Whether products of two values, with next to nothing lost, are so too: those of bfloat16 have 16
+// digits, of the 24 that float32 has.
+template <class S>
+constexpr bool products_added_narrow = false;
+template <>
+constexpr bool products_added_narrow<bfloat16> = true;
+
 // The center that sums of `count` values around zero ask for; 0 if they are good enough.
 template <class S>
 double wanted_center(const ShiftedSums& s, double count) {
@@ -75,8 +82,19 @@ struct MomentSums : Around<centered> {
   BNEXT_INLINE void add(const S* p, std::int64_t count, Ones ones) {
     if constexpr (narrow) {
       const auto add_packs = [&](std::int64_t some) __attribute__((always_inline)) {
-        add_each(some, [&](std::int64_t k)
-                           __attribute__((always_inline)) { return values(p + k * lanes); });
+        by_vectors<2>(
+            0,
+            [&](std::int64_t i, auto& sum, auto& sum_of_squares) __attribute__((always_inline)) {
+              f32v t = load_values(p + i), s = t * t;
+              for (std::int64_t k = 1; k < some; ++k) {
+                const f32v x = load_values(p + i + k * lanes);
+                t = t + x;
+                s = multiply_add(x, x, s);
+              }
+              sum = sum + widen(Vectors<f32v, 1>{t});
+              sum_of_squares = sum_of_squares + widen(Vectors<f32v, 1>{s});
+            },
+            total, squares);
       };
       for (; count >= unit; count -= unit, p += unit * lanes) add_packs(unit);
       if (count > 0) add_packs(count);
@@ -212,13 +230,13 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
       by_vectors<2>(
           first,
           [&](std::int64_t i, auto& sum, auto& sum_of_products) __attribute__((always_inline)) {
-            f32v t{};
-            for (std::int64_t k = i; k < i + some * lanes; k += lanes) {
-              const f32v g = gradient(k);
-              t = k == i ? g : t + g;
-              sum_of_products = sum_of_products + widen(Vectors<f32v, 1>{g * (value(k) - origin)});
-            }
-            sum = sum + widen(Vectors<f32v, 1>{t});
+            add_terms(
+                some,
+                [&](std::int64_t k) __attribute__((always_inline)) {
+                  const f32v g = gradient(i + k * lanes);
+                  return Terms<Vectors<f32v, 1>>{{g}, {g * (value(i + k * lanes) - origin)}};
+                },
+                sum, sum_of_products);
           },
           total, products);
     };
@@ -243,21 +261,44 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
   template <class Gradients, class Values>
   BNEXT_INLINE void add_each(std::int64_t count, Gradients gradients, Values values) {
     if constexpr (narrow) {
-      Pack<float> t = gradients(0);
-      products = products + widen(t * (values(0) - this->center));
-      for (std::int64_t k = 1; k < count; ++k) {
-        const Pack<float> g = gradients(k);
-        t = t + g;
-        products = products + widen(g * (values(k) - this->center));
-      }
-      total = total + widen(t);
+      add_terms(
+          count,
+          [&](std::int64_t k) __attribute__((always_inline)) {
+            const Pack<float> g = gradients(k);
+            return Terms<Pack<float>>{g, g * (values(k) - this->center)};
+          },
+          total, products);
     } else {
       for (std::int64_t k = 0; k < count; ++k) add(gradients(k), values(k));
     }
   }
-  BNEXT_INLINE GradSums sums() const { return {sum(total), sum(products + more_products)}; }
+  BNEXT_INLINE GradSums sums(double scale) const {
+    return {scale * sum(total), scale * sum(products + more_products)};
+  }
 
  private:
+  template <class P>
+  struct Terms {
+    P gradient, product;
+  };
+  // The terms that terms(0) to terms(count - 1) give.
+  template <class Each, class Wide>
+  static BNEXT_INLINE void add_terms(std::int64_t count, Each terms, Wide& sum,
+                                     Wide& sum_of_products) {
+    auto [gradients, products] = terms(0);
+    for (std::int64_t k = 1; k < count; ++k) {
+      const auto [gradient, product] = terms(k);
+      gradients = gradients + gradient;
+      if constexpr (products_added_narrow<S>) {
+        products = products + product;
+      } else {
+        sum_of_products = sum_of_products + widen(products);
+        products = product;
+      }
+    }
+    sum = sum + widen(gradients);
+    sum_of_products = sum_of_products + widen(products);
+  }
   BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
     total = total + g;
     products = product_add(g, x, products);
@@ -639,7 +680,7 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
     const Ahead<S> ahead = within(grid, from, length);
     auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
     auto summed = next.run(runs.blocks - 1 - b);
-    write<1, !Tail::brief>(
+    write<1, !Tail::known, !Tail::adds>(
         y + offset, 0, length, runs.length, grid.streaming, channels,
         [&](const auto& affine, auto at, int)
             __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
@@ -659,7 +700,7 @@ void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
 template <class S, class Tail>
 class GradTile {
  public:
-  using Sums = GradientSums<S, Tail::plain>;
+  using Sums = GradientSums<S, Tail::known>;
   using Addend = typename Sums::Addend;
   using F = Affine<Compute<S>>;
 
@@ -754,7 +795,8 @@ class GradTile {
   }
   void store(std::int64_t chunk, GradSums* partials) const {
     for (std::int64_t c = 0; c < runs_.channels; ++c)
-      partials[chunk * grid_.problem.c + runs_.first_channel + c] = sums_[c].sums();
+      partials[chunk * grid_.problem.c + runs_.first_channel + c] =
+          sums_[c].sums(tail_.scale_of_sums());
   }
 
  private:
@@ -847,13 +889,13 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
     const Ahead<S> ahead_x = within(grid, values, length);
     auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
     auto summed = next.run(runs.blocks - 1 - b);
-    write<1, !Tail::brief || Tail::adds>(
+    write<1, !Tail::known || Tail::adds, !Tail::adds>(
         grad_x + offset, 0, length, runs.length, grid.streaming, channels,
         [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
           const auto v = run.input(at(values));
           const auto through = run.gradient(
               at(g), at, [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
-          write_also(also, through, at);
+          if constexpr (Tail::adds) write_also(also, through, at);
           return apply(affine.backward, through, v);
         },
         [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
@@ -1130,7 +1172,7 @@ void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, con
         const std::int64_t offset = r * grid.width + columns.first;
         const S* from = x + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
-        write<decltype(rows)::value, !Tail::plain>(
+        write<decltype(rows)::value, !Tail::plain, false>(
             y + offset, grid.width, width, width, grid.streaming,
             one_channel([&](auto at) __attribute__((always_inline)) { return f.at(at); }),
             [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
@@ -1161,7 +1203,7 @@ template <class S, class Tail>
 void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
                        const S* x, const double* origin, const Affine<Compute<S>>* forward,
                        const Fusion& fusion, GradSums* partials) {
-  using Sums = GradientSums<S, Tail::plain>;
+  using Sums = GradientSums<S, Tail::known>;
   using Addend = typename Sums::Addend;
   const Columns columns(grid, group);
   Addend origins[max_columns];
@@ -1222,8 +1264,10 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
   });
   gather(grid, columns, total, sums_g);
   gather(grid, columns, products, sums_gx);
+  const double scale = tail.scale_of_sums();
   for (std::int64_t c = 0; c < columns.channels; ++c)
-    partials[chunk * grid.problem.c + columns.first_channel + c] = {sums_g[c], sums_gx[c]};
+    partials[chunk * grid.problem.c + columns.first_channel + c] = {scale * sums_g[c],
+                                                                    scale * sums_gx[c]};
 }
 
 template <class S, class Tail>
@@ -1241,7 +1285,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
         const std::int64_t offset = r * grid.width + columns.first;
         S* const also = !Tail::adds || grad_residual == nullptr ? nullptr : grad_residual + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
-        write<decltype(rows)::value, !Tail::plain>(
+        write<decltype(rows)::value, !Tail::plain, false>(
             grad_x + offset, grid.width, width, width, grid.streaming,
             one_channel([&](auto at) __attribute__((always_inline)) {
               return BothAffine<decltype(f.at(at)), decltype(k.at(at))>{f.at(at), k.at(at)};
@@ -1251,7 +1295,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
               const auto through = run.gradient(
                   at(grad_y + offset + row * grid.width), at,
                   [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
-              write_also(also, through, at);
+              if constexpr (Tail::adds) write_also(also, through, at);
               return apply(affine.backward, through, v);
             },
             [&](std::int64_t i, std::int64_t count) {

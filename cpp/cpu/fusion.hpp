@@ -29,12 +29,13 @@ struct clip {
 };
 
 // An activation alone. `linear`: gradients pass as they are. `plain`: a run has nothing of its own.
-// `adds`: there may be a residual. `brief`: takes little code.
+// `adds`: there may be a residual. `known`: takes little code, and its sums are of gradients with
+// no more digits than S, to be multiplied by scale_of_sums() at the end.
 template <class S, class Epilogue>
 class Plain {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = Epilogue::linear, plain = true, adds = false, brief = true;
+  static constexpr bool linear = Epilogue::linear, plain = true, adds = false, known = true;
 
   explicit Plain(const Fusion& f)
       : limit_(f.activation == Activation::relu6 ? T(6) : static_cast<T>(__builtin_nan(""))) {}
@@ -62,6 +63,7 @@ class Plain {
     }
   };
   BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead<S>) { return {limit_}; }
+  double scale_of_sums() const { return 1; }
 
  private:
   T limit_;
@@ -100,7 +102,7 @@ class General {
  public:
   using T = Compute<S>;
   static constexpr bool linear = false, plain = false,
-                        adds = !Knowledge::known || Knowledge::residual, brief = Knowledge::known;
+                        adds = !Knowledge::known || Knowledge::residual, known = Knowledge::known;
 
   explicit General(const Fusion& f)
       : fusion_(f),
@@ -163,14 +165,14 @@ class General {
 
     template <class V, class P>
     BNEXT_INLINE V value(V z, P at) {
-      if constexpr (compact)
+      if constexpr (compact && !Knowledge::known)
         return value_once(z, at);
       else
         return value_here(z, at);
     }
     template <class V, class P, class Normalised>
     BNEXT_INLINE V gradient(V g, P at, Normalised normalised) const {
-      if constexpr (compact)
+      if constexpr (compact && !Knowledge::known)
         return gradient_once(g, normalised(), at);
       else
         return gradient_here(g, at, normalised);
@@ -187,7 +189,7 @@ class General {
     }
     // Bits of what passes are written, or read.
     BNEXT_INLINE bool recording() const {
-      return (!Knowledge::known || Knowledge::residual) && recording_;
+      return mask == Mask::drawn && (!Knowledge::known || Knowledge::residual) && recording_;
     }
     BNEXT_INLINE bool knowing() const {
       if constexpr (Knowledge::known) return Knowledge::residual;
@@ -216,7 +218,7 @@ class General {
 
     template <class V, class P, class Normalised>
     BNEXT_INLINE V gradient_here(V g, P at, Normalised normalised) const {
-      if (dropping()) g = at.select(kept_, g * scale_, V{});
+      if (dropping()) g = at.select(kept_, scaling_sums ? g : g * scale_, V{});
       return with_epilogue([&](auto e) __attribute__((always_inline)) -> V {
         using Epilogue = decltype(e);
         if constexpr (Epilogue::linear) return g;
@@ -315,8 +317,11 @@ class General {
                        Ahead<S> ahead) {
     return Run(*this, first, length, number, ahead);
   }
+  double scale_of_sums() const { return scaling_sums ? static_cast<double>(scale_) : 1; }
 
  private:
+  static constexpr bool scaling_sums = Knowledge::dropping && mask == Mask::drawn_and_noted;
+
   const Fusion fusion_;
   const S* const residual_;
   const T slope_;

@@ -136,7 +136,7 @@ void launch(const BatchNormForwardArgs& a, const Kernels<S>& kernels) {
   auto* y = static_cast<S*>(a.y);
   const int path = forward_path(a.fusion);
   const auto apply = kernels.apply[path];
-  grid.sum_next = grid.sum_next && kernels.sums_next[path];
+  grid.sum_next = grid.sum_next && apply.sums_next;
 
   reduce_then_apply(
       grid,
@@ -154,7 +154,7 @@ void launch(const BatchNormForwardArgs& a, const Kernels<S>& kernels) {
                                       value_or<T>(a.bias, c, 0));
       },
       [&](std::int64_t group, std::int64_t chunk, bool next) {
-        apply(grid, group, chunk, x, forward, a.fusion, y, next ? partials : nullptr);
+        apply.run(grid, group, chunk, x, forward, a.fusion, y, next ? partials : nullptr);
       });
 }
 
@@ -186,7 +186,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const int path = backward_path(fusion, grad_residual != nullptr);
   const auto grad_sums = kernels.grad_sums[path];
   const auto apply_grad = kernels.apply_grad[path];
-  grid.sum_next = grid.sum_next && kernels.grad_sums_next[path];
+  grid.sum_next = grid.sum_next && apply_grad.sums_next;
   const auto count = static_cast<double>(a.problem.per_channel());
 
   for (std::int64_t c = 0; c < channels; ++c) {
@@ -220,8 +220,8 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
         backward[c] = grad_normalisation<T>(center[c], scale[c], weight[c], mean_g, mean_gn);
       },
       [&](std::int64_t group, std::int64_t chunk, bool next) {
-        apply_grad(grid, group, chunk, grad_y, x, origin, forward, backward, fusion, grad_x,
-                   grad_residual, next ? partials : nullptr);
+        apply_grad.run(grid, group, chunk, grad_y, x, origin, forward, backward, fusion, grad_x,
+                       grad_residual, next ? partials : nullptr);
       });
 }
 
@@ -245,8 +245,8 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
   else if (grid.chunks < enough)
     grid.cut((grid.rows + enough - 1) / enough);
   parallel_for(grid.groups * grid.chunks, a.problem.size(), [&](std::int64_t tile) {
-    apply(grid, tile % grid.groups, tile / grid.groups, static_cast<const S*>(a.x), forward,
-          a.fusion, static_cast<S*>(a.y), nullptr);
+    apply.run(grid, tile % grid.groups, tile / grid.groups, static_cast<const S*>(a.x), forward,
+              a.fusion, static_cast<S*>(a.y), nullptr);
   });
 }
 

@@ -28,25 +28,28 @@ constexpr std::int64_t dropout_run = 32768;
 // Serial loops over one tile; S is the dtype of the data. Arrays per channel start at channel 0,
 // and partials[chunk * grid.problem.c + channel] is the place of a tile's sums. `forward`
 // recomputes the normalised value where the gradient of an epilogue needs it. With next_partials,
-// which needs rows and sums_next, `apply` also makes the sums of the tile of the next group in the
+// which needs rows and sums_next, it also makes the sums of the tile of the next group in the
 // mirrored chunk.
 template <class S>
 struct Kernels {
   using T = Compute<S>;
   void (*moments)(const Grid&, std::int64_t group, std::int64_t chunk, const S* x,
                   Moments* partials);
-  // Whether apply and apply_grad can make the sums of the next group.
-  bool sums_next[paths], grad_sums_next[paths];
-  void (*apply[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* x,
-                       const Affine<T>* forward, const Fusion&, S* y, Moments* next_partials);
+  struct Apply {
+    void (*run)(const Grid&, std::int64_t group, std::int64_t chunk, const S* x,
+                const Affine<T>* forward, const Fusion&, S* y, Moments* next_partials);
+    bool sums_next;  // takes next_partials
+  } apply[paths];
   void (*grad_sums[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* grad_y,
                            const S* x, const double* origin, const Affine<T>* forward,
                            const Fusion&, GradSums* partials);
   // grad_residual is optional.
-  void (*apply_grad[paths])(const Grid&, std::int64_t group, std::int64_t chunk, const S* grad_y,
-                            const S* x, const double* origin, const Affine<T>* forward,
-                            const GradAffine<T>* backward, const Fusion&, S* grad_x,
-                            S* grad_residual, GradSums* next_partials);
+  struct ApplyGrad {
+    void (*run)(const Grid&, std::int64_t group, std::int64_t chunk, const S* grad_y, const S* x,
+                const double* origin, const Affine<T>* forward, const GradAffine<T>* backward,
+                const Fusion&, S* grad_x, S* grad_residual, GradSums* next_partials);
+    bool sums_next;
+  } apply_grad[paths];
   // Elements [first, end); first is a multiple of dropout_run.
   void (*dropout)(const DropoutArgs&, std::int64_t first, std::int64_t end, bool streaming);
 };

@@ -164,13 +164,12 @@ BNEXT_INLINE f32v from_bfloat(half_u16v v) {
   return (f32v)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, (__m512i)from,
                                               _mm512_castsi256_si512((__m256i)v));
 }
-// In the upper halves of 32 bits. To nearest, ties to even. A NaN keeps its upper bits: all come
-// out of arithmetic, which sets one.
+// In the upper halves of 32 bits. To nearest, ties to even. A NaN has a lower half of zeros: it
+// comes out of the data, which has no more than the upper one, or out of `narrowed`.
 BNEXT_INLINE __m512i round_to_bfloat(f32v v) {
   const auto bits = (__m512i)v;
-  const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
-  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
-  const __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7FFF));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
   return _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
 }
 BNEXT_INLINE u16v to_bfloat(f32v a, f32v b) {
@@ -353,25 +352,51 @@ BNEXT_INLINE f32v from_bfloat(half_u16v v) {
       both, _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
                              -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15));
 }
-// Of numbers below 2^16.
-BNEXT_INLINE u16v pack_words(u32v a, u32v b) {
-  return (u16v)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)a, (__m256i)b), 0xD8);
+// The low words of the lanes of `low`, the high ones of `high`.
+BNEXT_INLINE u16v words_of(u32v low, u32v high) {
+  return (u16v)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xAA);
+}
+// (a + b + 1) / 2
+BNEXT_INLINE u16v average(u16v a, u16v b) {
+  return (u16v)_mm256_avg_epu16((__m256i)a, (__m256i)b);
+}
+// All low words, then all high ones.
+BNEXT_INLINE u16v low_before_high(u16v words) {
+  const auto of_halves = _mm256_shuffle_epi8(
+      (__m256i)words, _mm256_broadcastsi128_si256(
+                          _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
+  return (u16v)_mm256_permute4x64_epi64(of_halves, 0xD8);
 }
 #else
 BNEXT_INLINE f32v from_bfloat(half_u16v v) {
   return (f32v)(__builtin_convertvector(v, u32v) << 16);
 }
-BNEXT_INLINE u16v pack_words(u32v a, u32v b) {
-  return joined(__builtin_convertvector(a, half_u16v), __builtin_convertvector(b, half_u16v));
+BNEXT_INLINE u16v words_of(u32v low, u32v high) {
+  return (u16v)((low & 0xFFFFu) | (high & 0xFFFF0000u));
+}
+BNEXT_INLINE u16v average(u16v a, u16v b) {
+#if defined(__SSE2__)
+  return (u16v)_mm_avg_epu16((__m128i)a, (__m128i)b);
+#else
+  return (a | b) - ((a ^ b) >> 1);
+#endif
+}
+BNEXT_INLINE u16v low_before_high(u16v words) {
+  const u32v both = (u32v)words;
+  return joined(__builtin_convertvector(both & 0xFFFFu, half_u16v),
+                __builtin_convertvector(both >> 16, half_u16v));
 }
 #endif
-// To nearest, ties to even. A NaN keeps its upper bits: all come out of arithmetic, which sets one.
-BNEXT_INLINE u32v round_to_bfloat(f32v v) {
-  const u32v bits = (u32v)v, number = (u32v)(v == v);
-  return (bits + (number & (0x7FFFu + (bits >> 16 & 1u)))) >> 16;
+// To nearest, ties to even, by what is carried out of the lower word of a value when 0x7FFF is
+// added and what the upper one is odd by: the words of a and b in turns. Nothing is of a NaN, whose
+// lower word is zero: it comes out of the data, which has no more than the upper one, or of
+// `narrowed`.
+BNEXT_INLINE u16v round_to_bfloats(f32v a, f32v b) {
+  const u16v upper = words_of((u32v)a >> 16, (u32v)b), lower = words_of((u32v)a, (u32v)b << 16);
+  return upper + (average(lower, (upper & 1) + 0x7FFE) >> 15);
 }
 BNEXT_INLINE u16v to_bfloat(f32v a, f32v b) {
-  return pack_words(round_to_bfloat(a), round_to_bfloat(b));
+  return low_before_high(round_to_bfloats(a, b));
 }
 #endif
 
@@ -406,8 +431,11 @@ BNEXT_INLINE u16v to_half(f32v a, f32v b) {
 
 // How a dtype lies in memory: as vectors of what it is computed in, or as 16 bits to be converted.
 // `encode_whole` fills a vector in memory with those that f gives for the elements from 0, ... on.
+// `alternates`: every other element is taken from a vector in memory, and put there, with less work
+// than one half of it after the other.
 template <class S>
 struct Storage {
+  static constexpr bool alternates = false;
   using Bits = Vector<S>;
   using Element = S;
   static BNEXT_INLINE Vector<S> decode(Bits v) { return v; }
@@ -419,6 +447,7 @@ struct Storage {
 };
 template <f32v (*from)(half_u16v), u16v (*to)(f32v, f32v)>
 struct HalfStorage {
+  static constexpr bool alternates = false;
   using Bits = half_u16v;
   using Element = std::uint16_t;
   static BNEXT_INLINE f32v decode(Bits v) { return from(v); }
@@ -435,7 +464,18 @@ struct HalfStorage {
 template <>
 struct Storage<float16> : HalfStorage<from_half, to_half> {};
 template <>
-struct Storage<bfloat16> : HalfStorage<from_bfloat, to_bfloat> {};
+struct Storage<bfloat16> : HalfStorage<from_bfloat, to_bfloat> {
+#if !defined(__AVX512F__)
+  static constexpr bool alternates = true;
+  // From the first on, or the second.
+  static BNEXT_INLINE f32v decode_every_other(u16v v, bool second) {
+    return (f32v)(second ? (u32v)v & 0xFFFF0000u : (u32v)v << 16);
+  }
+  static BNEXT_INLINE u32v encode_alternating(f32v first, f32v second) {
+    return (u32v)round_to_bfloats(first, second);
+  }
+#endif
+};
 
 template <class S>
 BNEXT_INLINE Vector<S> load_values(const S* p) {
@@ -733,7 +773,8 @@ BNEXT_INLINE double sum(Vectors<f64v, n> v) {
 struct Bits {
   const std::uint8_t* bytes = nullptr;
   std::int64_t first = 0;
-  u32v to_sign;  // how far to shift a word for each lane of a whole vector
+  // How far to shift a word for each lane of a whole vector, or of every other element.
+  u32v to_sign, every_other_to_sign;
 
   Bits() = default;
   BNEXT_INLINE Bits(const std::uint8_t* bytes_, std::int64_t first_)
@@ -745,24 +786,38 @@ struct Bits {
   }
   // Whole vectors follow that begin some whole bytes after element i.
   BNEXT_INLINE void vectors_from(std::int64_t i) {
-    for (int l = 0; l < vector_bytes / 4; ++l) to_sign[l] = static_cast<std::uint32_t>(31 - l);
-    to_sign -= static_cast<std::uint32_t>(static_cast<std::uint64_t>(first + i) % 8);
+    u32v lane;
+    for (int l = 0; l < vector_bytes / 4; ++l) lane[l] = static_cast<std::uint32_t>(l);
+    to_sign = 31 - static_cast<std::uint32_t>(static_cast<std::uint64_t>(first + i) % 8) - lane;
+    every_other_to_sign = to_sign - lane;
   }
   // a for the elements of a whole vector whose bit is set, b for the others: a lane takes its bit
   // as its sign where no mask of lanes is to be had.
   template <class V>
   BNEXT_INLINE V select(std::int64_t i, V a, V b) const {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    if constexpr (sizeof a[0] == 4) {
-      const auto word = _mm256_set1_epi32(static_cast<int>(word_at(i)));
-      const auto signs = _mm256_sllv_epi32(word, (__m256i)to_sign);
-      return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(signs));
-    }
+    if constexpr (sizeof a[0] == 4) return select_by_sign(i, to_sign, a, b);
 #endif
     return select_lanes(at(i), a, b);
   }
+  // The same for every other element, from the first or the second on.
+  BNEXT_INLINE f32v select_every_other(std::int64_t i, bool second, f32v a, f32v b) const {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return select_by_sign(i, second ? every_other_to_sign - 1 : every_other_to_sign, a, b);
+#else
+    u32v bit;
+    for (int l = 0; l < vector_bytes / 4; ++l) bit[l] = (second ? 2u : 1u) << 2 * l;
+    return (bit & at(i)) != 0 ? a : b;
+#endif
+  }
 
  private:
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  BNEXT_INLINE f32v select_by_sign(std::int64_t i, u32v shifts, f32v a, f32v b) const {
+    const auto word = _mm256_set1_epi32(static_cast<int>(word_at(i)));
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_sllv_epi32(word, (__m256i)shifts)));
+  }
+#endif
   BNEXT_INLINE std::uint32_t word_at(std::int64_t i) const {
     std::uint32_t word;
     __builtin_memcpy(&word, bytes + static_cast<std::uint64_t>(first + i) / 8, sizeof word);
@@ -822,6 +877,20 @@ struct Place {
   BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const { store_values(v, row + i); }
   BNEXT_INLINE Vector<S> select(const Bits& bits, Vector<S> a, Vector<S> b) const {
     return bits.select(i, a, b);
+  }
+};
+// Every other one of twice as many elements, from the first or the second on.
+template <class S>
+struct EveryOtherPlace {
+  static constexpr std::int64_t count = vector_length<S>;
+  std::int64_t i;
+  bool second;
+
+  BNEXT_INLINE Vector<S> operator()(const S* row) const {
+    return Storage<S>::decode_every_other(load_vector<u16v>(row + i), second);
+  }
+  BNEXT_INLINE Vector<S> select(const Bits& bits, Vector<S> a, Vector<S> b) const {
+    return bits.select_every_other(i, second, a, b);
   }
 };
 template <class S>
@@ -902,8 +971,9 @@ BNEXT_INLINE OneChannel<Coefficients> one_channel(Coefficients coefficients) {
 // With `streaming` past the caches: worth it where nothing will read the result before it would
 // have left them anyway. before(i, count) is called before elements [i, i + count) are asked for,
 // in rising order without gaps. More than one row needs a stride of whole lines. `much`: the values
-// take so much code that there should be few copies of it.
-template <int rows, bool much, class S, class Channels, class Value, class Before>
+// take so much code that there should be few copies of it. `any_order`: places may also be every
+// other element, of one channel.
+template <int rows, bool much, bool any_order, class S, class Channels, class Value, class Before>
 BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t length,
                         std::int64_t channel_length, bool streaming, const Channels& channels,
                         Value value, Before before) {
@@ -911,7 +981,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
   constexpr std::int64_t line = line_length<S>;
   constexpr std::int64_t block = (large || rows > 1 ? 2 : 4) * line;
   // A few lines at a time are streamed, so that reads and writes are under way together.
-  constexpr std::int64_t streamed_step = (large || many_registers ? 2 : 8) * line;
+  constexpr std::int64_t streamed_step = (much || compact || many_registers ? 2 : 8) * line;
   constexpr std::int64_t streamed_block = streamed_step < block ? streamed_step : block;
   const std::int64_t step = streaming ? streamed_step : 4 * block;
   const auto write_part = [&](const auto& coefficients, PartialPlace<S> place, S* __restrict at)
@@ -924,17 +994,21 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
   constexpr std::int64_t whole_length = vector_bytes / sizeof(S);
   const auto write_whole = [&](const auto& coefficients, auto place, int first, int last,
                                bool past_caches) __attribute__((always_inline)) {
-    const auto at = [&](std::int64_t further) __attribute__((always_inline)) {
-      auto moved = place;
-      moved.i += further;
-      return moved;
-    };
 #pragma GCC unroll 8
     for (int row = first; row < last; ++row) {
-      const u32v bits =
-          Storage<S>::encode_whole([&](std::int64_t k) __attribute__((always_inline)) {
-            return value(coefficients(at(k)), at(k), row);
-          });
+      const auto value_at = [&](auto at) __attribute__((always_inline)) {
+        return value(coefficients(at), at, row);
+      };
+      u32v bits;
+      if constexpr (any_order && Storage<S>::alternates)
+        bits = Storage<S>::encode_alternating(value_at(EveryOtherPlace<S>{place.i, false}),
+                                              value_at(EveryOtherPlace<S>{place.i, true}));
+      else
+        bits = Storage<S>::encode_whole([&](std::int64_t k) __attribute__((always_inline)) {
+          auto at = place;
+          at.i += k;
+          return value_at(at);
+        });
       S* const target = to + row * stride + place.i;
       if (past_caches)
         stream_vector(target, bits);

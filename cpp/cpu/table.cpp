@@ -17,35 +17,33 @@ struct Table {
   template <Mask mask>
   using Any = General<S, mask>;
   // Loops of their own where they are worth their space, otherwise those of whatever fusion says.
+  static constexpr bool worth_it = sizeof(S) <= 4;
   using None = Plain<S, epilogue::none>;
   template <Mask mask>
-  using Clip = typename Choice<sizeof(S) == 4 || (sizeof(S) == 2 && !compact), Plain<S, clip>,
-                               Any<mask>>::type;
-  // The order of sums of half types follows from whether gradients are as stored, everywhere alike.
-  using ClipSums =
-      typename Choice<sizeof(S) <= 4, Plain<S, clip>, Any<Mask::drawn_and_noted>>::type;
+  using Clip = typename Choice<worth_it, Plain<S, clip>, Any<mask>>::type;
   template <Mask mask, bool residual>
-  using ReluAnd = typename Choice<sizeof(S) == 4 && !compact,
-                                  General<S, mask, Known<epilogue::relu, residual, !residual>>,
-                                  Any<mask>>::type;
+  using ReluAnd =
+      typename Choice<worth_it, General<S, mask, Known<epilogue::relu, residual, !residual>>,
+                      Any<mask>>::type;
   template <Mask mask>
   using Dropout = ReluAnd<mask, false>;
   template <Mask mask>
   using Residual = ReluAnd<mask, true>;
   static constexpr Mask drawn = Mask::drawn, noted = Mask::drawn_and_noted, again = Mask::noted;
+  template <class Tail>
+  static constexpr typename Kernels<S>::Apply forward{apply<S, Tail>, sums_next<S, Tail>};
+  template <class Tail, class SumTail>
+  static constexpr typename Kernels<S>::ApplyGrad backward{apply_grad<S, Tail, SumTail>,
+                                                           grad_sums_next<S, Tail>};
   static constexpr Kernels<S> kernels{
       moments<S>,
-      {sums_next<S, None>, sums_next<S, Clip<drawn>>, sums_next<S, Dropout<drawn>>,
-       sums_next<S, Residual<drawn>>, sums_next<S, Any<drawn>>},
-      {grad_sums_next<S, None>, grad_sums_next<S, Clip<again>>, grad_sums_next<S, Dropout<again>>,
-       grad_sums_next<S, Residual<again>>, grad_sums_next<S, Any<again>>},
-      {apply<S, None>, apply<S, Clip<drawn>>, apply<S, Dropout<drawn>>, apply<S, Residual<drawn>>,
-       apply<S, Any<drawn>>},
-      {grad_sums<S, None>, grad_sums<S, ClipSums>, grad_sums<S, Dropout<noted>>,
+      {forward<None>, forward<Clip<drawn>>, forward<Dropout<drawn>>, forward<Residual<drawn>>,
+       forward<Any<drawn>>},
+      {grad_sums<S, None>, grad_sums<S, Clip<noted>>, grad_sums<S, Dropout<noted>>,
        grad_sums<S, Residual<noted>>, grad_sums<S, Any<noted>>},
-      {apply_grad<S, None, None>, apply_grad<S, Clip<again>, ClipSums>,
-       apply_grad<S, Dropout<again>, Dropout<noted>>,
-       apply_grad<S, Residual<again>, Residual<noted>>, apply_grad<S, Any<again>, Any<noted>>},
+      {backward<None, None>, backward<Clip<again>, Clip<noted>>,
+       backward<Dropout<again>, Dropout<noted>>, backward<Residual<again>, Residual<noted>>,
+       backward<Any<again>, Any<noted>>},
       dropout<S>};
 };
 
