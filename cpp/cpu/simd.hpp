@@ -977,7 +977,8 @@ template <int rows, bool much, bool any_order, class S, class Channels, class Va
 BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t length,
                         std::int64_t channel_length, bool streaming, const Channels& channels,
                         Value value, Before before) {
-  constexpr bool large = much || compact || sizeof(S) != 4;
+  // Not unrolled.
+  constexpr bool large = much || compact || sizeof(S) == 8 || (sizeof(S) == 2 && rows > 1);
   constexpr std::int64_t line = line_length<S>;
   constexpr std::int64_t block = (large || rows > 1 ? 2 : 4) * line;
   // A few lines at a time are streamed, so that reads and writes are under way together.
