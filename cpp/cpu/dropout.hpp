@@ -253,7 +253,7 @@ void dropout(const DropoutArgs& a, std::int64_t first, std::int64_t end, bool st
   const auto write_values = [&](auto value) __attribute__((always_inline)) {
     write<1, false, true>(y + first, 0, end - first, end - first, streaming,
                           one_channel([](auto) { return 0; }), value,
-                          [&](std::int64_t e, std::int64_t n) {
+                          [&](std::int64_t e, std::int64_t n) __attribute__((always_inline)) {
                             ahead.fetch(from + e, n);
                             bits.vectors_from(e);
                             while (drawn < e + n) draw();
