@@ -981,8 +981,10 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
   constexpr bool large = much || compact || sizeof(S) == 8 || (sizeof(S) == 2 && rows > 1);
   constexpr std::int64_t line = line_length<S>;
   constexpr std::int64_t block = (large || rows > 1 ? 2 : 4) * line;
-  // A few lines at a time are streamed, so that reads and writes are under way together.
-  constexpr std::int64_t streamed_step = (much || compact || many_registers ? 2 : 8) * line;
+  // A few lines at a time are streamed, so that reads and writes are under way together; of each of
+  // several rows fewer, since what is asked for ahead must not take all places where lines wait.
+  constexpr bool few = much || compact || many_registers || rows > 1;
+  constexpr std::int64_t streamed_step = (few ? 2 : 8) * line;
   constexpr std::int64_t streamed_block = streamed_step < block ? streamed_step : block;
   const std::int64_t step = streaming ? streamed_step : 4 * block;
   const auto write_part = [&](const auto& coefficients, PartialPlace<S> place, S* __restrict at)
