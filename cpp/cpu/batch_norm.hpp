@@ -85,14 +85,12 @@ struct MomentSums : Around<centered> {
         by_vectors<2>(
             0,
             [&](std::int64_t i, auto& sum, auto& sum_of_squares) __attribute__((always_inline)) {
-              f32v t = load_values(p + i), s = t * t;
-              for (std::int64_t k = 1; k < some; ++k) {
-                const f32v x = load_values(p + i + k * lanes);
-                t = t + x;
-                s = multiply_add(x, x, s);
-              }
-              sum = sum + widen(Vectors<f32v, 1>{t});
-              sum_of_squares = sum_of_squares + widen(Vectors<f32v, 1>{s});
+              add_narrow(
+                  some,
+                  [&](std::int64_t k) __attribute__((always_inline)) {
+                    return Vectors<f32v, 1>{load_values(p + i + k * lanes)};
+                  },
+                  sum, sum_of_squares);
             },
             total, squares);
       };
@@ -138,14 +136,7 @@ struct MomentSums : Around<centered> {
   template <class Read>
   BNEXT_INLINE void add_each(std::int64_t count, Read read) {
     if constexpr (narrow) {
-      Pack<float> t = read(0), s = t * t;
-      for (std::int64_t k = 1; k < count; ++k) {
-        const Pack<float> x = read(k);
-        t = t + x;
-        s = multiply_add(x, x, s);
-      }
-      total = total + widen(t);
-      squares = squares + widen(s);
+      add_narrow(count, read, total, squares);
     } else {
       std::int64_t k = 0;
       for (; k + 2 <= count; k += 2) {
@@ -159,6 +150,19 @@ struct MomentSums : Around<centered> {
   BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(squares + more_squares)}; }
 
  private:
+  // The floats that read(0) to read(count - 1) give.
+  template <class Read, class Wide>
+  static BNEXT_INLINE void add_narrow(std::int64_t count, Read read, Wide& sum,
+                                      Wide& sum_of_squares) {
+    auto t = read(0), s = t * t;
+    for (std::int64_t k = 1; k < count; ++k) {
+      const auto x = read(k);
+      t = t + x;
+      s = multiply_add(x, x, s);
+    }
+    sum = sum + widen(t);
+    sum_of_squares = sum_of_squares + widen(s);
+  }
   BNEXT_INLINE void add(Pack<double> x) {
     const Pack<double> a = shifted(x);
     total = total + a;
@@ -884,7 +888,7 @@ void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, c
   for (std::int64_t b = runs.blocks; b-- > 0;) {
     const std::int64_t offset = runs.offset(b);
     const S *g = grad_y + offset, *values = x + offset;
-    S* const also = !Tail::adds || grad_residual == nullptr ? nullptr : grad_residual + offset;
+    S* const also = grad_residual == nullptr ? nullptr : grad_residual + offset;
     const Ahead<S> ahead_g = within(grid, g, length);
     const Ahead<S> ahead_x = within(grid, values, length);
     auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
@@ -1283,7 +1287,7 @@ void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk
   for_each_rows_backwards<S, rows_together<Tail>>(
       grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
         const std::int64_t offset = r * grid.width + columns.first;
-        S* const also = !Tail::adds || grad_residual == nullptr ? nullptr : grad_residual + offset;
+        S* const also = grad_residual == nullptr ? nullptr : grad_residual + offset;
         auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
         write<decltype(rows)::value, !Tail::plain, false>(
             grad_x + offset, grid.width, width, width, grid.streaming,
