@@ -52,8 +52,8 @@ TOLERANCE |= {
 
 # (shape, channel_axis): every boundary of the kernels. Rows are cut into chunks of 16,384 values;
 # rows shorter than 64 and channels-last become columns, at most 1,024 to a group, 65,536 values to
-# a tile, a few positions side by side where there are few channels. Of many channels with short
-# rows, neighbours are one run.
+# a tile, a few positions side by side where there are few channels; of all columns, some rows are
+# one run. Of many channels with short rows, neighbours are one run.
 SHAPES = [
     ((2, 1), 1),
     ((2, 3), 1),
@@ -84,6 +84,7 @@ SHAPES = [
     ((1031, 3), 1),
     ((1031, 64), -1),
     ((257, 5, 48), -1),
+    ((9, 31, 67), -1),
     ((2, 40, 41, 100), -1),
     ((9, 130, 7, 7), 1),
     ((64, 3, 9, 9), 1),

@@ -32,6 +32,7 @@ SHAPES = [
     ((1031, 3), 1),
     ((5, 9, 11, 3), -1),
     ((257, 5, 48), -1),
+    ((9, 31, 67), -1),
 ]
 shapes = pytest.mark.parametrize("case", SHAPES, ids=name_of)
 # Everything that can be combined for the small ones of each kind, and the ends for the others.
@@ -40,7 +41,7 @@ COMBINATIONS = [
     for case in SHAPES
     for combination in (
         itertools.product(ACTIVATIONS, [False, True], [0, 0.3])
-        if case in (((4, 3, 7, 7), 1), ((3, 5, 65), 1), ((5, 9, 11, 3), -1))
+        if case in (((4, 3, 7, 7), 1), ((3, 5, 65), 1), ((5, 9, 11, 3), -1), ((9, 31, 67), -1))
         else itertools.product([None, "relu", "silu"], [True], [0.3])
     )
 ]

@@ -142,11 +142,16 @@ for shape, axis in SHAPES:
         options = {"channel_axis": axis, "activation": ACTIVATIONS[len(shape) % len(ACTIVATIONS)]}
         row = rng.normal(1, 0.1, shape[axis]).astype(parameter_dtype(dtype))
         for array in (x, x[1:]):  # aligned, and hardly
-            fusion = {"residual": g[: len(array)], "dropout": 0.3}
-            for more in ({}, fusion) if array.size > shape[axis] else ():
+            residual = {"residual": g[: len(array)]}
+            for more in (
+                {},
+                {"dropout": 0.3, "activation": "relu"},
+                {**residual, "activation": "relu"},
+                {**residual, "dropout": 0.3},
+            ) if array.size > shape[axis] else ():
                 generator = bnext.Generator(1)
                 y, saved = F.batch_norm_forward(
-                    array, row, row, **options, **more, generator=generator)
+                    array, row, row, **{**options, **more}, generator=generator)
                 grads = F.batch_norm_backward(g[: len(array)], saved)
                 for result in (y, grads.x, grads.weight, grads.bias, grads.residual):
                     if result is None:

@@ -228,19 +228,18 @@ DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
   DropoutDraw draw = a.draw;
   if (generator != nullptr && a.dropout > 0) draw = {generator->seed(), generator->next()};
   backend_for(a.x.device)
-      .batch_norm_forward[row(a.x.dtype)](
-          {problem,
-           a.x.data,
-           optional(a.weight),
-           optional(a.bias),
-           a.eps,
-           {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, draw),
-            a.passes, nullptr, 0, false},
-           a.y.data,
-           static_cast<double*>(a.mean.data),
-           static_cast<double*>(a.var.data),
-           static_cast<double*>(a.inv_std.data),
-           place_of(a.x, a.stream)});
+      .batch_norm_forward[row(a.x.dtype)]({problem,
+                                           a.x.data,
+                                           optional(a.weight),
+                                           optional(a.bias),
+                                           a.eps,
+                                           {optional(a.residual), a.activation, a.negative_slope,
+                                            mask_draw(a.dropout, draw), a.passes, nullptr, false},
+                                           a.y.data,
+                                           static_cast<double*>(a.mean.data),
+                                           static_cast<double*>(a.var.data),
+                                           static_cast<double*>(a.inv_std.data),
+                                           place_of(a.x, a.stream)});
   return draw;
 }
 
@@ -296,7 +295,7 @@ void batch_norm_backward(const BatchNormBackward& a) {
            static_cast<const double*>(a.mean.data),
            static_cast<const double*>(a.inv_std.data),
            {optional(a.residual), a.activation, a.negative_slope, mask_draw(a.dropout, a.draw),
-            const_cast<std::uint8_t*>(a.passes), nullptr, 0,
+            const_cast<std::uint8_t*>(a.passes), nullptr,
             a.from_result && a.activation != Activation::none},
            a.batch_statistics,
            a.from_result,
@@ -338,7 +337,7 @@ void batch_norm_inference(const BatchNormInference& a) {
                                              optional(a.bias),
                                              a.eps,
                                              {optional(a.residual), a.activation, a.negative_slope,
-                                              mask_draw(0, {}), nullptr, nullptr, 0, false},
+                                              mask_draw(0, {}), nullptr, nullptr, false},
                                              a.y.data,
                                              place_of(a.x, a.stream)});
 }

@@ -42,10 +42,9 @@ struct Fusion {
   // Optional: bit i tells whether the gradient passes the activation at element i. Written by
   // forward, read by backward in place of what it would have to compute z from.
   std::uint8_t* passes;
-  // Backward of dropout: for each run of values that a tile takes in one go, `kept_bytes` for the
-  // bits of its elements. The sums draw them, so that the second pass need not draw again.
+  // Backward of dropout: room for the bits of what is kept. The sums draw them, so that the second
+  // pass need not draw again.
   std::uint8_t* kept;
-  std::int64_t kept_bytes;
   // Backward of LeakyReLU: in place of x there is the result, in which x still is.
   bool inverted;
 };

@@ -364,9 +364,16 @@ BNEXT_INLINE Pack<A> gradients_of_first(const Run& run, const S* g, const S* x, 
 
 // -- rows: some channels, in runs of contiguous values --------------------------------------------
 
+// Ahead of a run of `length` values that ends at `end` and is followed by `next`.
+template <class T>
+Ahead<T> ahead_of(const T* end, const T* next, std::int64_t length) {
+  return {end, next, length < prefetch_distance<T> ? length : prefetch_distance<T>};
+}
+
 // The runs of a tile: in each of `blocks` samples, `length` values of each of `channels` channels,
 // side by side.
 struct Runs {
+  static constexpr bool any_order = true;
   std::int64_t first_channel, channels, length, blocks;
 
   Runs(const Grid& grid, std::int64_t group, std::int64_t chunk)
@@ -375,16 +382,19 @@ struct Runs {
         length(grid.last_value(chunk) - grid.first_value(chunk)),
         blocks(grid.last_row(chunk) - grid.first_row(chunk)),
         between_samples(grid.problem.c * grid.problem.s),
-        between_numbers(grid.groups * grid.pieces),
-        first_number((grid.first_row(chunk) * grid.groups + group) * grid.pieces +
-                     chunk % grid.pieces),
+        between_noted(grid.groups * grid.pieces * grid.noted_bytes()),
+        first_noted(
+            ((grid.first_row(chunk) * grid.groups + group) * grid.pieces + chunk % grid.pieces) *
+            grid.noted_bytes()),
         start(grid.first_row(chunk) * between_samples + first_channel * grid.problem.s +
               grid.first_value(chunk)) {}
 
   std::int64_t run_length() const { return channels * length; }
+  std::int64_t length_of(std::int64_t) const { return run_length(); }
+  std::int64_t channel_length(std::int64_t) const { return length; }
   std::int64_t offset(std::int64_t block) const { return start + block * between_samples; }
-  // Among the runs of all tiles.
-  std::int64_t number(std::int64_t block) const { return first_number + block * between_numbers; }
+  // Where the bits are that the first pass notes for the second.
+  std::int64_t noted(std::int64_t block) const { return first_noted + block * between_noted; }
   std::int64_t values() const { return blocks * length; }  // of each channel
   // Calls body(channel, first, last) for blocks [first, last) of a channel, `some` of those from
   // `first` on, and for all channels before it goes on to the next blocks: few streams of memory.
@@ -394,29 +404,34 @@ struct Runs {
       for (std::int64_t c = 0; c < channels; ++c)
         body(c, first, first + some < blocks ? first + some : blocks);
   }
-  // What the end of a block is followed by, going forwards.
+  // What is to be asked for ahead of a run, in the order of the first pass,
   template <class T>
   Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
     if (!grid.far || x == nullptr) return {nullptr, nullptr};
-    return ahead_of(x, block, block + 1 < blocks ? block + 1 : block);
+    return ahead_to(x, block, block + 1 < blocks ? block + 1 : block);
   }
-  // The same going backwards, for an array that may be none.
+  // in that of the second, backwards,
   template <class T>
   Ahead<T> ahead_backwards(const T* x, std::int64_t block) const {
     if (x == nullptr) return {nullptr, nullptr};
-    return ahead_of(x, block, block > 0 ? block - 1 : block);
+    return ahead_to(x, block, block > 0 ? block - 1 : block);
+  }
+  // and of what the first pass has read.
+  template <class T>
+  Ahead<T> ahead_again(const Grid& grid, const T* x, std::int64_t block) const {
+    if (!grid.streaming || grid.summed_before) return {nullptr, nullptr};
+    const T* end = x + offset(block) + run_length();
+    return {end, end};
   }
 
  private:
   template <class T>
-  Ahead<T> ahead_of(const T* x, std::int64_t block, std::int64_t next) const {
-    const std::int64_t size = run_length();
-    const T* end = x + offset(block) + size;
-    return {end, next == block ? end : x + offset(next),
-            size < prefetch_distance<T> ? size : prefetch_distance<T>};
+  Ahead<T> ahead_to(const T* x, std::int64_t block, std::int64_t next) const {
+    const T* end = x + offset(block) + run_length();
+    return ahead_of(end, next == block ? end : x + offset(next), run_length());
   }
 
-  std::int64_t between_samples, between_numbers, first_number, start;
+  std::int64_t between_samples, between_noted, first_noted, start;
 };
 
 // Coefficients of both directions.
@@ -478,18 +493,12 @@ struct ChannelsOfRow {
       return coefficients;
     }
   };
+  BNEXT_INLINE void reach(std::int64_t) {}
   BNEXT_INLINE Same of(std::int64_t c) const { return {first[c]}; }
   BNEXT_INLINE AroundBegin<F> around(std::int64_t c, std::int64_t begin) const {
     return {first[c > 0 ? c - 1 : 0], first[c < channels ? c : channels - 1], begin};
   }
 };
-
-// For a pass that finds a run in memory.
-template <class T>
-Ahead<T> within(const Grid& grid, const T* run, std::int64_t length) {
-  if (!grid.streaming || grid.summed_before) return {nullptr, nullptr};
-  return {run + length, run + length};
-}
 
 // How much is summed at once on the way of writing something else: more where that is a call, which
 // has to fetch the sums and put them back.
@@ -668,38 +677,6 @@ void moments_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, cons
   tile.store(chunk, partials);
 }
 
-// `next` is summed on the way: reads of the one tile and writes of the other share memory better
-// than either of them alone would use it, and it hides the time of the sums.
-template <class S, class Tail, class Tile>
-void apply_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
-                const Affine<Compute<S>>* forward, const Fusion& fusion, S* y, Tile& next) {
-  const Runs runs(grid, group, chunk);
-  const ChannelsOfRow<Affine<Compute<S>>> channels{forward + runs.first_channel, runs.channels};
-  const std::int64_t length = runs.run_length();
-  Tail tail(fusion);
-  const auto* residual = static_cast<const S*>(fusion.residual);
-  for (std::int64_t b = runs.blocks; b-- > 0;) {
-    const std::int64_t offset = runs.offset(b);
-    const S* from = x + offset;
-    const Ahead<S> ahead = within(grid, from, length);
-    auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
-    auto summed = next.run(runs.blocks - 1 - b);
-    write<1, !Tail::known, !Tail::adds>(
-        y + offset, 0, length, runs.length, grid.streaming, channels,
-        [&](const auto& affine, auto at, int)
-            __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
-        [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-          ahead.fetch(from + i, count);
-          run.fetch(i, count);
-          run.ready(i, count);
-          summed.add_until(i + count);
-        });
-    run.finish();
-    summed.finish();
-  }
-  next.add_blocks_from(runs.blocks);
-}
-
 // The sums of gradients of a tile, as MomentTile.
 template <class S, class Tail>
 class GradTile {
@@ -758,7 +735,7 @@ class GradTile {
     const bool exists = block < runs_.blocks;
     if (!exists) block = 0;
     const std::int64_t offset = runs_.offset(block);
-    return {tail_.run(offset, runs_.run_length(), runs_.number(block),
+    return {tail_.run(offset, runs_.run_length(), runs_.noted(block),
                       runs_.ahead(grid_, residual_, block)),
             sums_[0],
             &sums_[0],
@@ -865,56 +842,6 @@ void grad_sums_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, co
   tile.store(chunk, partials);
 }
 
-// Writes a gradient that is a result of its own on the way to another.
-template <class S, class V, class P>
-BNEXT_INLINE void write_also(S* to, V v, P at) {
-  if (to != nullptr) at.write(v, to);
-}
-
-template <class S, class Tail, class Tile>
-void apply_grad_rows(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
-                     const S* x, const Affine<Compute<S>>* forward,
-                     const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
-                     S* grad_residual, Tile& next) {
-  const Runs runs(grid, group, chunk);
-  using Both = BothAffine<Affine<Compute<S>>, GradAffine<Compute<S>>>;
-  Both both[Grid::max_group_channels];
-  for (std::int64_t c = 0; c < runs.channels; ++c)
-    both[c] = {forward[runs.first_channel + c], backward[runs.first_channel + c]};
-  const ChannelsOfRow<Both> channels{both, runs.channels};
-  const std::int64_t length = runs.run_length();
-  Tail tail(fusion);
-  const auto* residual = static_cast<const S*>(fusion.residual);
-  for (std::int64_t b = runs.blocks; b-- > 0;) {
-    const std::int64_t offset = runs.offset(b);
-    const S *g = grad_y + offset, *values = x + offset;
-    S* const also = grad_residual == nullptr ? nullptr : grad_residual + offset;
-    const Ahead<S> ahead_g = within(grid, g, length);
-    const Ahead<S> ahead_x = within(grid, values, length);
-    auto run = tail.run(offset, length, runs.number(b), runs.ahead_backwards(residual, b));
-    auto summed = next.run(runs.blocks - 1 - b);
-    write<1, !Tail::known || Tail::adds, !Tail::adds>(
-        grad_x + offset, 0, length, runs.length, grid.streaming, channels,
-        [&](const auto& affine, auto at, int) __attribute__((always_inline)) {
-          const auto v = run.input(at(values));
-          const auto through = run.gradient(
-              at(g), at, [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
-          if constexpr (Tail::adds) write_also(also, through, at);
-          return apply(affine.backward, through, v);
-        },
-        [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-          ahead_g.fetch(g + i, count);
-          ahead_x.fetch(values + i, count);
-          run.fetch(i, count);
-          run.ready(i, count);
-          summed.add_until(i + count);
-        });
-    run.finish();
-    summed.finish();
-  }
-  next.add_blocks_from(runs.blocks);
-}
-
 // -- columns: some channels, as columns of a matrix -----------------------------------------------
 
 // The columns of one group: where they start, how many, and the channel of each.
@@ -933,14 +860,17 @@ struct Columns {
 // Arrays over the columns of a group, with room for a whole pack at the end.
 constexpr std::int64_t max_columns = Grid::max_group_width + lanes;
 
-// to[w] = value(channel) for each column w, channels counted from the group's first.
+// to[w] = value(channel) for each column w, channels counted from the group's first, and on from
+// the first column for `more`.
 template <class T, class Value>
-BNEXT_INLINE void spread(const Grid& grid, const Columns& columns, T* __restrict to, Value value) {
+BNEXT_INLINE void spread(const Grid& grid, const Columns& columns, std::int64_t more,
+                         T* __restrict to, Value value) {
+  std::int64_t done;
   if (grid.problem.channels_last) {
+    done = columns.channels;
     for (std::int64_t c = 0; c < columns.channels; ++c) to[c] = value(c);
-    for (std::int64_t w = columns.channels; w < columns.width; ++w)
-      to[w] = to[w - columns.channels];
   } else {
+    done = columns.width;
     // Whole packs: what one channel writes too much, the next one and the end overwrite.
     const std::int64_t s = grid.problem.s;
     for (std::int64_t c = 0; c < columns.channels; ++c) {
@@ -948,7 +878,12 @@ BNEXT_INLINE void spread(const Grid& grid, const Columns& columns, T* __restrict
       for (std::int64_t i = 0; i < s; i += lanes) store(v, to + c * s + i);
     }
   }
-  for (std::int64_t w = columns.width; w < columns.width + lanes; ++w) to[w] = 0;
+  const std::int64_t end = columns.width + more;
+  while (done < end) {
+    const std::int64_t count = done < end - done ? done : end - done;
+    __builtin_memcpy(to + done, to, static_cast<std::size_t>(count) * sizeof(T));
+    done += count;
+  }
 }
 
 // sums[c] = the sum of the columns of channel c.
@@ -973,6 +908,85 @@ BNEXT_INLINE void gather(const Grid& grid, const Columns& columns,
 // Columns of this group that row r has.
 inline std::int64_t row_width(const Grid& grid, const Columns& columns, std::int64_t r) {
   return r + 1 < grid.rows || grid.replicas == 1 ? columns.width : grid.last_width;
+}
+
+// The runs of a tile of columns: a row of the group each, or, where they lie side by side, as many
+// rows as make a run long enough.
+class ColumnRuns {
+ public:
+  static constexpr bool any_order = false;
+
+  ColumnRuns(const Grid& grid, std::int64_t group, std::int64_t chunk)
+      : columns(grid, group),
+        one_run_(grid.one_run()),
+        rows_(one_run_ && long_run > grid.width ? long_run / grid.width : 1),
+        width_(grid.width),
+        row_length_(columns.width),
+        start_(grid.first_row(chunk) * width_ + columns.first),
+        between_noted_((one_run_ ? 1 : grid.groups) * grid.noted_bytes()),
+        first_noted_(one_run_
+                         ? chunk * grid.noted_bytes()
+                         : grid.first_row(chunk) * between_noted_ + group * grid.noted_bytes()) {
+    const std::int64_t rows = grid.last_row(chunk) - grid.first_row(chunk);
+    blocks = (rows + rows_ - 1) / rows_;
+    last_length_ = (rows - 1 - (blocks - 1) * rows_) * width_ +
+                   row_width(grid, columns, grid.last_row(chunk) - 1);
+  }
+
+  Columns columns;
+  std::int64_t blocks;
+
+  std::int64_t offset(std::int64_t block) const { return start_ + block * rows_ * width_; }
+  std::int64_t length_of(std::int64_t block) const {
+    return block + 1 < blocks ? (rows_ - 1) * width_ + row_length_ : last_length_;
+  }
+  std::int64_t channel_length(std::int64_t block) const { return length_of(block); }
+  std::int64_t noted(std::int64_t block) const { return noted_of_row(block * rows_); }
+  // Of a row of the chunk, counted from its first.
+  std::int64_t noted_of_row(std::int64_t row) const {
+    return first_noted_ +
+           (one_run_ ? (start_ + row * width_) / 8 - start_ / 8 : row * between_noted_);
+  }
+  template <class T>
+  Ahead<T> ahead_backwards(const T* x, std::int64_t block) const {
+    if (x == nullptr) return {nullptr, nullptr};
+    const T* end = x + offset(block) + length_of(block);
+    return ahead_of(end, block > 0 ? x + offset(block - 1) : end, length_of(block));
+  }
+  template <class T>
+  Ahead<T> ahead_again(const Grid& grid, const T* x, std::int64_t block) const {
+    if (!grid.streaming || grid.summed_before) return {nullptr, nullptr};
+    return ahead_backwards(x, block);
+  }
+
+ private:
+  static constexpr std::int64_t long_run = 4096;
+
+  bool one_run_;
+  std::int64_t rows_, width_, row_length_, start_, between_noted_, first_noted_, last_length_;
+};
+
+// Coefficients of a run of columns, as `write` asks for them: those of a row, again and again.
+template <class Coefficients>
+struct RepeatedRow {
+  Coefficients coefficients;
+  std::int64_t width;
+  std::int64_t begun = 0;  // where the row began of which places are asked for
+
+  BNEXT_INLINE void reach(std::int64_t i) {
+    while (i - begun >= width) begun += width;
+  }
+  BNEXT_INLINE const RepeatedRow& of(std::int64_t) const { return *this; }
+  BNEXT_INLINE const RepeatedRow& around(std::int64_t, std::int64_t) const { return *this; }
+  template <class P>
+  BNEXT_INLINE auto operator()(P at) const {
+    at.i -= begun;
+    return coefficients(at);
+  }
+};
+template <class Coefficients>
+BNEXT_INLINE RepeatedRow<Coefficients> repeated_row(Coefficients coefficients, std::int64_t width) {
+  return {coefficients, width};
 }
 
 // Rows whose sums stay in registers.
@@ -1061,7 +1075,7 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
       centers[c] = static_cast<double>(head[c * step]);
   }
   if (again) {
-    spread(grid, columns, center, [&](std::int64_t c) { return centers[c]; });
+    spread(grid, columns, lanes, center, [&](std::int64_t c) { return centers[c]; });
     double centered_sums[Grid::max_group_width], centered_sumsqs[Grid::max_group_width];
     shifted_sums_columns<S, true>(grid, columns, chunk, x, center, total, squares);
     gather(grid, columns, total, centered_sums);
@@ -1078,117 +1092,49 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
         moments_from_shifted(count, centers[c], sums[c], sumsqs[c]);
 }
 
-// Coefficients of each column, one array per field so that loops over columns are vectors.
-template <class T>
+// Coefficients of each column, one array per field so that loops over columns are vectors. They go
+// on from the first column as far as `write` reaches at once.
+template <class S>
 struct ColumnAffine {
-  T mean[max_columns], scale[max_columns], shift[max_columns];
+  using T = Compute<S>;
+  static constexpr std::int64_t more = longest_step<S>,
+                                count = Grid::max_group_width + more + lanes;
+  T mean[count], scale[count], shift[count];
 
   ColumnAffine(const Grid& grid, const Columns& columns, const Affine<T>* forward) {
     const Affine<T>* f = forward + columns.first_channel;
-    spread(grid, columns, mean, [&](std::int64_t c) { return f[c].mean; });
-    spread(grid, columns, scale, [&](std::int64_t c) { return f[c].scale; });
-    spread(grid, columns, shift, [&](std::int64_t c) { return f[c].shift; });
+    spread(grid, columns, more, mean, [&](std::int64_t c) { return f[c].mean; });
+    spread(grid, columns, more, scale, [&](std::int64_t c) { return f[c].scale; });
+    spread(grid, columns, more, shift, [&](std::int64_t c) { return f[c].shift; });
   }
 
   template <class Place>
-  BNEXT_INLINE Affine<Vector<T>> at(Place place) const {
+  BNEXT_INLINE Affine<Vector<T>> operator()(Place place) const {
     return {place(mean), place(scale), place(shift)};
   }
 };
 
-template <class T>
+template <class S>
 struct ColumnGradAffine {
-  T g_mean[max_columns], g_scale[max_columns], x_mean[max_columns], x_scale[max_columns],
-      shift[max_columns];
+  using T = Compute<S>;
+  static constexpr std::int64_t more = longest_step<S>,
+                                count = Grid::max_group_width + more + lanes;
+  T g_mean[count], g_scale[count], x_mean[count], x_scale[count], shift[count];
 
   ColumnGradAffine(const Grid& grid, const Columns& columns, const GradAffine<T>* backward) {
     const GradAffine<T>* k = backward + columns.first_channel;
-    spread(grid, columns, g_mean, [&](std::int64_t c) { return k[c].g_mean; });
-    spread(grid, columns, g_scale, [&](std::int64_t c) { return k[c].g_scale; });
-    spread(grid, columns, x_mean, [&](std::int64_t c) { return k[c].x_mean; });
-    spread(grid, columns, x_scale, [&](std::int64_t c) { return k[c].x_scale; });
-    spread(grid, columns, shift, [&](std::int64_t c) { return k[c].shift; });
+    spread(grid, columns, more, g_mean, [&](std::int64_t c) { return k[c].g_mean; });
+    spread(grid, columns, more, g_scale, [&](std::int64_t c) { return k[c].g_scale; });
+    spread(grid, columns, more, x_mean, [&](std::int64_t c) { return k[c].x_mean; });
+    spread(grid, columns, more, x_scale, [&](std::int64_t c) { return k[c].x_scale; });
+    spread(grid, columns, more, shift, [&](std::int64_t c) { return k[c].shift; });
   }
 
   template <class Place>
-  BNEXT_INLINE GradAffine<Vector<T>> at(Place place) const {
+  BNEXT_INLINE GradAffine<Vector<T>> operator()(Place place) const {
     return {place(g_mean), place(g_scale), place(x_mean), place(x_scale), place(shift)};
   }
 };
-
-// A number that the compiler knows.
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
-// Calls body(rows, r, width), rows a Constant, for the rows of a chunk from the last to the first:
-// `together` at once where their lines lie side by side.
-template <class S, int together, class Body>
-BNEXT_INLINE void for_each_rows_backwards(const Grid& grid, const Columns& columns,
-                                          std::int64_t chunk, Body body) {
-  const std::int64_t first = grid.first_row(chunk);
-  std::int64_t r = grid.last_row(chunk);
-  const std::int64_t end_width = row_width(grid, columns, r - 1);
-  if (end_width != columns.width) body(Constant<1>{}, --r, end_width);
-  // Rows a multiple of a page apart would get into each other's way in the cache.
-  if (together > 1 && grid.width % line_length<S> == 0 && grid.width % (64 * line_length<S>) != 0)
-    while (r - together >= first) body(Constant<together>{}, r -= together, columns.width);
-  while (r > first) body(Constant<1>{}, --r, columns.width);
-}
-
-// Fetches what lies some rows before a row: processors follow rows that are taken backwards badly.
-template <class S>
-class RowsBefore {
- public:
-  RowsBefore(const Grid& grid, std::int64_t chunk)
-      : distance_(prefetch_distance<S> / grid.width + 1),
-        width_(grid.width),
-        first_(grid.fetch_rows ? grid.first_row(chunk) + distance_ : grid.rows) {}
-
-  // For elements [i, i + count) of `rows` rows from row r on, which begins at p.
-  BNEXT_INLINE void fetch(const S* p, std::int64_t r, int rows, std::int64_t i,
-                          std::int64_t count) const {
-    if (r >= first_) fetch_at(p - distance_ * width_ + i, rows, count);
-  }
-
- private:
-  __attribute__((noinline)) void fetch_at(const S* p, int rows, std::int64_t count) const {
-    for (int row = 0; row < rows; ++row) bnext::fetch(p + row * width_, count);
-  }
-
-  std::int64_t distance_, width_, first_;
-};
-
-// How many rows are written at once, if each has nothing of its own but its values.
-template <class Tail>
-constexpr int rows_together = Tail::plain && !compact ? 4 : 1;
-
-template <class S, class Tail>
-void apply_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
-                   const Affine<Compute<S>>* forward, const Fusion& fusion, S* y) {
-  const Columns columns(grid, group);
-  const ColumnAffine<Compute<S>> f(grid, columns, forward);
-  Tail tail(fusion);
-  const RowsBefore<S> before(grid, chunk);
-  for_each_rows_backwards<S, rows_together<Tail>>(
-      grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
-        const std::int64_t offset = r * grid.width + columns.first;
-        const S* from = x + offset;
-        auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
-        write<decltype(rows)::value, !Tail::plain, false>(
-            y + offset, grid.width, width, width, grid.streaming,
-            one_channel([&](auto at) __attribute__((always_inline)) { return f.at(at); }),
-            [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
-              return run.value(apply(affine, at(from + row * grid.width)), at);
-            },
-            [&](std::int64_t i, std::int64_t count) {
-              before.fetch(from, r, decltype(rows)::value, i, count);
-              run.ready(i, count);
-            });
-        run.finish();
-      });
-}
 
 // Rows [0, count) of sixteen columns of gradients and values, added to the columns' sums.
 template <class Sums, class ReadG, class ReadX>
@@ -1209,14 +1155,16 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
                        const Fusion& fusion, GradSums* partials) {
   using Sums = GradientSums<S, Tail::known>;
   using Addend = typename Sums::Addend;
-  const Columns columns(grid, group);
+  const ColumnRuns all(grid, group, chunk);
+  const Columns& columns = all.columns;
   Addend origins[max_columns];
   double total[max_columns], products[max_columns], sums_g[Grid::max_group_width],
       sums_gx[Grid::max_group_width];
   origin += columns.first_channel;
   if constexpr (Sums::shifted)
-    spread(grid, columns, origins, [&](std::int64_t c) { return static_cast<Addend>(origin[c]); });
-  const ColumnAffine<Compute<S>> f(grid, columns, forward);
+    spread(grid, columns, lanes, origins,
+           [&](std::int64_t c) { return static_cast<Addend>(origin[c]); });
+  const ColumnAffine<S> f(grid, columns, forward);
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
   Tail tail(fusion);
 
@@ -1225,13 +1173,13 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
     const S *values = x + first, *g = grad_y + first;
     const auto run_of = [&](std::int64_t k) {
       if (k >= count) k = 0;
-      return tail.run(first + k * grid.width, width, (r + k) * grid.groups + group,
-                      {nullptr, nullptr});
+      return tail.run(first + k * grid.width, width,
+                      all.noted_of_row(r + k - grid.first_row(chunk)), {nullptr, nullptr});
     };
     static_assert(row_block == 4);
     typename Tail::Run runs[row_block] = {run_of(0), run_of(1), run_of(2), run_of(3)};
     for (std::int64_t k = 0; k < count; ++k) runs[k].ready(0, width);
-    const auto coefficients = [&](auto at) __attribute__((always_inline)) { return f.at(at); };
+    const auto coefficients = [&](auto at) __attribute__((always_inline)) { return f(at); };
     std::int64_t w = 0;
     if (count == row_block)
       for (; w + lanes <= width; w += lanes) {
@@ -1274,41 +1222,122 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
                                                                     scale * sums_gx[c]};
 }
 
-template <class S, class Tail>
-void apply_grad_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
-                        const S* x, const Affine<Compute<S>>* forward,
-                        const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
-                        S* grad_residual) {
-  const Columns columns(grid, group);
-  const ColumnAffine<Compute<S>> f(grid, columns, forward);
-  const ColumnGradAffine<Compute<S>> k(grid, columns, backward);
+// -- results --------------------------------------------------------------------------------------
+
+// `next` is summed on the way: reads of the one tile and writes of the other share memory better
+// than either of them alone would use it, and it hides the time of the sums.
+template <class S, class Tail, class Runs, class Channels, class Tile>
+void apply_runs(const Grid& grid, const Runs& runs, const Channels& channels, const S* x,
+                const Fusion& fusion, S* y, Tile& next) {
   Tail tail(fusion);
-  const RowsBefore<S> before(grid, chunk);
-  for_each_rows_backwards<S, rows_together<Tail>>(
-      grid, columns, chunk, [&](auto rows, std::int64_t r, std::int64_t width) {
-        const std::int64_t offset = r * grid.width + columns.first;
-        S* const also = grad_residual == nullptr ? nullptr : grad_residual + offset;
-        auto run = tail.run(offset, width, r * grid.groups + group, {nullptr, nullptr});
-        write<decltype(rows)::value, !Tail::plain, false>(
-            grad_x + offset, grid.width, width, width, grid.streaming,
-            one_channel([&](auto at) __attribute__((always_inline)) {
-              return BothAffine<decltype(f.at(at)), decltype(k.at(at))>{f.at(at), k.at(at)};
-            }),
-            [&](const auto& affine, auto at, int row) __attribute__((always_inline)) {
-              const auto v = run.input(at(x + offset + row * grid.width));
-              const auto through = run.gradient(
-                  at(grad_y + offset + row * grid.width), at,
-                  [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
-              if constexpr (Tail::adds) write_also(also, through, at);
-              return apply(affine.backward, through, v);
-            },
-            [&](std::int64_t i, std::int64_t count) {
-              before.fetch(grad_y + offset, r, decltype(rows)::value, i, count);
-              before.fetch(x + offset, r, decltype(rows)::value, i, count);
-              run.ready(i, count);
-            });
-        run.finish();
-      });
+  const auto* residual = static_cast<const S*>(fusion.residual);
+  for (std::int64_t b = runs.blocks; b-- > 0;) {
+    const std::int64_t offset = runs.offset(b), length = runs.length_of(b);
+    const S* from = x + offset;
+    const Ahead<S> ahead = runs.ahead_again(grid, x, b);
+    auto run = tail.run(offset, length, runs.noted(b), runs.ahead_backwards(residual, b));
+    auto summed = next.run(runs.blocks - 1 - b);
+    write<!Tail::known, Runs::any_order && !Tail::adds>(
+        y + offset, length, runs.channel_length(b), grid.streaming, channels,
+        [&](const auto& affine, auto at)
+            __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
+        [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+          ahead.fetch(from + i, count);
+          run.fetch(i, count);
+          run.ready(i, count);
+          summed.add_until(i + count);
+        });
+    run.finish();
+    summed.finish();
+  }
+  next.add_blocks_from(runs.blocks);
+}
+
+template <class S, class Tail, class Tile>
+void apply_rows(const Grid& grid, const Runs& runs, const S* x, const Affine<Compute<S>>* forward,
+                const Fusion& fusion, S* y, Tile& next) {
+  const ChannelsOfRow<Affine<Compute<S>>> channels{forward + runs.first_channel, runs.channels};
+  apply_runs<S, Tail>(grid, runs, channels, x, fusion, y, next);
+}
+
+template <class S, class Tail>
+void apply_columns(const Grid& grid, const ColumnRuns& runs, const S* x,
+                   const Affine<Compute<S>>* forward, const Fusion& fusion, S* y) {
+  const ColumnAffine<S> f(grid, runs.columns, forward);
+  NoTile none;
+  apply_runs<S, Tail>(grid, runs,
+                      repeated_row([&](auto at) __attribute__((always_inline)) { return f(at); },
+                                   runs.columns.width),
+                      x, fusion, y, none);
+}
+
+// Writes a gradient that is a result of its own on the way to another.
+template <class S, class V, class P>
+BNEXT_INLINE void write_also(S* to, V v, P at) {
+  if (to != nullptr) at.write(v, to);
+}
+
+template <class S, class Tail, class Runs, class Channels, class Tile>
+void apply_grad_runs(const Grid& grid, const Runs& runs, const Channels& channels, const S* grad_y,
+                     const S* x, const Fusion& fusion, S* grad_x, S* grad_residual, Tile& next) {
+  Tail tail(fusion);
+  const auto* residual = static_cast<const S*>(fusion.residual);
+  for (std::int64_t b = runs.blocks; b-- > 0;) {
+    const std::int64_t offset = runs.offset(b), length = runs.length_of(b);
+    const S *g = grad_y + offset, *values = x + offset;
+    S* const also = grad_residual == nullptr ? nullptr : grad_residual + offset;
+    const Ahead<S> ahead_g = runs.ahead_again(grid, grad_y, b);
+    const Ahead<S> ahead_x = runs.ahead_again(grid, x, b);
+    auto run = tail.run(offset, length, runs.noted(b), runs.ahead_backwards(residual, b));
+    auto summed = next.run(runs.blocks - 1 - b);
+    write<!Tail::known || Tail::adds, Runs::any_order && !Tail::adds>(
+        grad_x + offset, length, runs.channel_length(b), grid.streaming, channels,
+        [&](const auto& affine, auto at) __attribute__((always_inline)) {
+          const auto v = run.input(at(values));
+          const auto through = run.gradient(
+              at(g), at, [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
+          if constexpr (Tail::adds) write_also(also, through, at);
+          return apply(affine.backward, through, v);
+        },
+        [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+          ahead_g.fetch(g + i, count);
+          ahead_x.fetch(values + i, count);
+          run.fetch(i, count);
+          run.ready(i, count);
+          summed.add_until(i + count);
+        });
+    run.finish();
+    summed.finish();
+  }
+  next.add_blocks_from(runs.blocks);
+}
+
+template <class S, class Tail, class Tile>
+void apply_grad_rows(const Grid& grid, const Runs& runs, const S* grad_y, const S* x,
+                     const Affine<Compute<S>>* forward, const GradAffine<Compute<S>>* backward,
+                     const Fusion& fusion, S* grad_x, S* grad_residual, Tile& next) {
+  using Both = BothAffine<Affine<Compute<S>>, GradAffine<Compute<S>>>;
+  Both both[Grid::max_group_channels];
+  for (std::int64_t c = 0; c < runs.channels; ++c)
+    both[c] = {forward[runs.first_channel + c], backward[runs.first_channel + c]};
+  apply_grad_runs<S, Tail>(grid, runs, ChannelsOfRow<Both>{both, runs.channels}, grad_y, x, fusion,
+                           grad_x, grad_residual, next);
+}
+
+template <class S, class Tail>
+void apply_grad_columns(const Grid& grid, const ColumnRuns& runs, const S* grad_y, const S* x,
+                        const Affine<Compute<S>>* forward, const GradAffine<Compute<S>>* backward,
+                        const Fusion& fusion, S* grad_x, S* grad_residual) {
+  const ColumnAffine<S> f(grid, runs.columns, forward);
+  const ColumnGradAffine<S> k(grid, runs.columns, backward);
+  NoTile none;
+  apply_grad_runs<S, Tail>(grid, runs,
+                           repeated_row(
+                               [&](auto at) __attribute__((always_inline)) {
+                                 return BothAffine<decltype(f(at)), decltype(k(at))>{f(at), k(at)};
+                               },
+                               runs.columns.width),
+                           grad_y, x, fusion, grad_x, grad_residual, none);
 }
 
 // -- the choice between the two -------------------------------------------------------------------
@@ -1332,19 +1361,20 @@ template <class S, class Tail>
 void apply(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* x,
            const Affine<Compute<S>>* forward, const Fusion& fusion, S* y, Moments* next_partials) {
   if (grid.columns) {
-    apply_columns<S, Tail>(grid, group, chunk, x, forward, fusion, y);
+    apply_columns<S, Tail>(grid, ColumnRuns(grid, group, chunk), x, forward, fusion, y);
     return;
   }
+  const Runs runs(grid, group, chunk);
   if constexpr (sums_next<S, Tail>)
     if (next_partials != nullptr) {
       const std::int64_t mirrored = grid.chunks - 1 - chunk;
       FirstMomentTile<S> next(grid, Runs(grid, group + 1, mirrored), x, nullptr);
-      apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, next);
+      apply_rows<S, Tail>(grid, runs, x, forward, fusion, y, next);
       next.store(mirrored, next_partials);
       return;
     }
   NoTile none;
-  apply_rows<S, Tail>(grid, group, chunk, x, forward, fusion, y, none);
+  apply_rows<S, Tail>(grid, runs, x, forward, fusion, y, none);
 }
 
 template <class S, class Tail>
@@ -1363,23 +1393,24 @@ void apply_grad(const Grid& grid, std::int64_t group, std::int64_t chunk, const 
                 const GradAffine<Compute<S>>* backward, const Fusion& fusion, S* grad_x,
                 S* grad_residual, GradSums* next_partials) {
   if (grid.columns) {
-    apply_grad_columns<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
-                                grad_residual);
+    apply_grad_columns<S, Tail>(grid, ColumnRuns(grid, group, chunk), grad_y, x, forward, backward,
+                                fusion, grad_x, grad_residual);
     return;
   }
+  const Runs runs(grid, group, chunk);
   if constexpr (grad_sums_next<S, Tail>)
     if (next_partials != nullptr) {
       const std::int64_t mirrored = grid.chunks - 1 - chunk;
       GradTile<S, SumTail> next(grid, Runs(grid, group + 1, mirrored), grad_y, x, origin, forward,
                                 fusion);
-      apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
+      apply_grad_rows<S, Tail>(grid, runs, grad_y, x, forward, backward, fusion, grad_x,
                                grad_residual, next);
       next.store(mirrored, next_partials);
       return;
     }
   NoTile none;
-  apply_grad_rows<S, Tail>(grid, group, chunk, grad_y, x, forward, backward, fusion, grad_x,
-                           grad_residual, none);
+  apply_grad_rows<S, Tail>(grid, runs, grad_y, x, forward, backward, fusion, grad_x, grad_residual,
+                           none);
 }
 
 }  // namespace

@@ -40,8 +40,8 @@ class Plain {
   explicit Plain(const Fusion& f)
       : limit_(f.activation == Activation::relu6 ? T(6) : static_cast<T>(__builtin_nan(""))) {}
 
-  // A run of `length` values, the first of which is element `first`; `number`: of the run among
-  // all, by which the second pass finds what the first one noted; `ahead`: of the residual.
+  // A run of `length` values, the first of which is element `first`; `noted`: at which byte of all
+  // the first pass notes its bits for the second; `ahead`: of the residual.
   struct Run {
     static constexpr bool invertible = false;
     T limit;
@@ -117,7 +117,7 @@ class General {
    public:
     static constexpr bool invertible = !Knowledge::known;
 
-    Run(General& of, std::int64_t first, std::int64_t length, std::int64_t number, Ahead<S> ahead)
+    Run(General& of, std::int64_t first, std::int64_t length, std::int64_t noted, Ahead<S> ahead)
         : of_(of),
           first_(first),
           end_(first + length),
@@ -132,8 +132,7 @@ class General {
           may_drop_(of.dropping_),
           recording_(of.recording_) {
       if (dropping()) {
-        std::uint8_t* const noted = of.fusion_.kept + number * of.fusion_.kept_bytes;
-        kept_ = {mask == Mask::drawn ? of.kept_ : noted, first % 8};
+        kept_ = {mask == Mask::drawn ? of.kept_ : of.fusion_.kept + noted, first % 8};
       }
       if (of.fusion_.passes != nullptr && !recording_)
         passes_ = {of.fusion_.passes + first / 8, first % 8};
@@ -313,9 +312,9 @@ class General {
     std::uint64_t word_ = 0;
     std::int64_t filled_ = 0, words_ = 0;
   };
-  BNEXT_INLINE Run run(std::int64_t first, std::int64_t length, std::int64_t number,
+  BNEXT_INLINE Run run(std::int64_t first, std::int64_t length, std::int64_t noted,
                        Ahead<S> ahead) {
-    return Run(*this, first, length, number, ahead);
+    return Run(*this, first, length, noted, ahead);
   }
   double scale_of_sums() const { return scaling_sums ? static_cast<double>(scale_) : 1; }
 

@@ -17,11 +17,9 @@ constexpr std::int64_t long_run = 4096;  // values; shorter ones are over before
 constexpr std::int64_t enough_groups = 32;
 constexpr std::int64_t fewest_groups = 16;
 constexpr std::int64_t vector_width = 16;
-constexpr std::int64_t merge_values = 256;     // of one channel; fewer are not worth merging
-constexpr std::int64_t medium_size = 1 << 20;  // values
-constexpr std::int64_t small_size = 1 << 18;
-constexpr std::int64_t small_shares = 2;  // for as many threads
-constexpr std::int64_t medium_shares = 4;
+constexpr std::int64_t merge_values = 256;      // of one channel; fewer are not worth merging
+constexpr std::int64_t small_size = 1 << 18;    // values
+constexpr std::int64_t few_shares = 2;          // for as many threads
 constexpr std::int64_t wide_enough = 64;        // columns that keep a loop over them busy
 constexpr std::int64_t line_bytes = 64;         // of the caches
 constexpr std::int64_t long_enough_run = 8192;  // bytes
@@ -104,13 +102,14 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   } else {
     // Beyond the caches long rows matter most.
     const std::int64_t share =
-        divide_up(grid.width, p.size() <= medium_size && !by_rows ? medium_shares : 1);
+        divide_up(grid.width, p.per_channel() < merge_values ? few_shares : 1);
     const std::int64_t width = std::clamp(share, wide_enough, Grid::max_group_width);
     const std::int64_t most = std::max<std::int64_t>(1, width / columns_per_channel);
     grid.group_channels = divide_up(p.c, divide_up(p.c, most));
     // Whole vectors, where that is no great difference.
     const std::int64_t whole = vector_width / std::gcd(columns_per_channel, vector_width);
-    if (grid.group_channels > whole) grid.group_channels -= grid.group_channels % whole;
+    if (grid.group_channels < p.c && grid.group_channels > whole)
+      grid.group_channels -= grid.group_channels % whole;
   }
   grid.groups = divide_up(p.c, grid.group_channels);
   grid.fetch_rows = grid.streaming && grid.groups == 1;
@@ -119,7 +118,7 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
       by_rows ? vector_width
               : std::max(divide_up(merge_values, columns_per_channel * grid.replicas),
                          chunk_area / group_width);
-  grid.cut(std::max(fewest_rows, divide_up(grid.rows, by_rows ? small_shares : enough_chunks)));
+  grid.cut(std::max(fewest_rows, divide_up(grid.rows, by_rows ? few_shares : enough_chunks)));
   return grid;
 }
 

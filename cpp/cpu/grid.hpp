@@ -33,8 +33,8 @@ struct Grid {
   bool streaming;      // results go past the caches, and inputs come from memory
   bool far;            // inputs lie beyond the cache of a core, and are asked for early
   bool sum_next;       // rows: the sums of the next group are made on the way of writing this one
-  bool summed_before;  // rows: sums have just been made, so that their inputs are in the cache
-  bool fetch_rows;     // columns: some rows fetch those that are next, contiguous ones
+  bool summed_before;  // sums have just been made, so that their inputs are in the cache
+  bool fetch_rows;     // columns: sums fetch the rows that are next, contiguous ones
 
   static constexpr std::int64_t max_group_width = 1024;   // columns of one group
   static constexpr std::int64_t max_group_channels = 64;  // rows: channels of one group
@@ -52,12 +52,19 @@ struct Grid {
     const std::int64_t end = first_row(chunk) + rows_per_chunk;
     return end < rows ? end : rows;
   }
-  // Runs of contiguous values that tiles take in one go, and how long they are at most.
-  std::int64_t runs() const { return columns ? rows * groups : problem.n * groups * pieces; }
-  std::int64_t longest_run() const {
-    return columns ? width < max_group_width ? width : max_group_width
-                   : group_channels * ((problem.s + pieces - 1) / pieces);
+  // Whether the rows of a chunk lie side by side.
+  bool one_run() const { return columns && groups == 1; }
+  // Runs of contiguous values of tiles, and how long they are at most.
+  std::int64_t runs() const {
+    return one_run() ? chunks : columns ? rows * groups : problem.n * groups * pieces;
   }
+  std::int64_t longest_run() const {
+    return one_run() ? rows_per_chunk * width
+           : columns ? (width < max_group_width ? width : max_group_width)
+                     : group_channels * ((problem.s + pieces - 1) / pieces);
+  }
+  // For a bit an element of a run: any first one, and words are read whole.
+  std::int64_t noted_bytes() const { return longest_run() / 8 + 2 + 4; }
   // Where in each row of a channel the runs of a chunk begin and end, in rows.
   std::int64_t first_value(std::int64_t chunk) const { return chunk % pieces * problem.s / pieces; }
   std::int64_t last_value(std::int64_t chunk) const {

@@ -165,8 +165,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const std::int64_t channels = a.problem.c;
   Fusion fusion = a.fusion;
   const bool dropping = fusion.dropout.threshold > 0;
-  fusion.kept_bytes = grid.longest_run() / 8 + 2 + 4;  // any first bit, and words are read whole
-  const std::int64_t kept_bytes = dropping ? grid.runs() * fusion.kept_bytes : 0;
+  const std::int64_t kept_bytes = dropping ? grid.runs() * grid.noted_bytes() : 0;
   Workspace workspace(
       Workspace::bytes<GradSums>(channels * grid.chunks) + Workspace::bytes<Affine<T>>(channels) +
       Workspace::bytes<GradAffine<T>>(channels) + 4 * Workspace::bytes<double>(channels) +

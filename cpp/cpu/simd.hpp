@@ -956,6 +956,7 @@ template <class Coefficients>
 struct OneChannel {
   Coefficients coefficients;
 
+  BNEXT_INLINE void reach(std::int64_t) {}
   BNEXT_INLINE const Coefficients& of(std::int64_t) const { return coefficients; }
   BNEXT_INLINE const Coefficients& around(std::int64_t, std::int64_t) const { return coefficients; }
 };
@@ -964,71 +965,61 @@ BNEXT_INLINE OneChannel<Coefficients> one_channel(Coefficients coefficients) {
   return {coefficients};
 }
 
-// Writes value(k, place, row), k the coefficients of a place, to each place of `rows` rows of
-// `length` elements, `stride` apart: rows that share coefficients are written together.
-// channels.of(c) gives the coefficients of places within channel c, each of `channel_length`
-// elements and no shorter than a line; channels.around(c, begin) those around the begin of one.
-// With `streaming` past the caches: worth it where nothing will read the result before it would
-// have left them anyway. before(i, count) is called before elements [i, i + count) are asked for,
-// in rising order without gaps. More than one row needs a stride of whole lines. `much`: the values
-// take so much code that there should be few copies of it. `any_order`: places may also be every
-// other element, of one channel.
-template <int rows, bool much, bool any_order, class S, class Channels, class Value, class Before>
-BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t length,
-                        std::int64_t channel_length, bool streaming, const Channels& channels,
-                        Value value, Before before) {
+// The longest step that `write` takes at once, in elements.
+template <class S>
+constexpr std::int64_t longest_step = 16 * line_length<S>;
+
+// Writes value(k, place), k the coefficients of a place, to each place of a row of `length`
+// elements. channels.of(c) gives the coefficients of places within channel c, each of
+// `channel_length` elements and no shorter than a line; channels.around(c, begin) those around the
+// begin of one. With `streaming` past the caches: worth it where nothing will read the result
+// before it would have left them anyway. channels.reach(i) and before(i, count) are called before
+// elements [i, i + count) are asked for, in rising order without gaps, at most longest_step at
+// once. `much`: the values take so much code that there should be few copies of it. `any_order`:
+// places may also be every other element, of one channel.
+template <bool much, bool any_order, class S, class Channels, class Value, class Before>
+BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t channel_length,
+                        bool streaming, Channels channels, Value value, Before before) {
   // Not unrolled.
-  constexpr bool large = much || compact || sizeof(S) == 8 || (sizeof(S) == 2 && rows > 1);
+  constexpr bool large = much || compact || sizeof(S) == 8;
   constexpr std::int64_t line = line_length<S>;
-  constexpr std::int64_t block = (large || rows > 1 ? 2 : 4) * line;
-  // A few lines at a time are streamed, so that reads and writes are under way together; of each of
-  // several rows fewer, since what is asked for ahead must not take all places where lines wait.
-  constexpr bool few = much || compact || many_registers || rows > 1;
+  constexpr std::int64_t block = (large ? 2 : 4) * line;
+  // A few lines at a time are streamed, so that reads and writes are under way together.
+  constexpr bool few = much || compact || many_registers;
   constexpr std::int64_t streamed_step = (few ? 2 : 8) * line;
   constexpr std::int64_t streamed_block = streamed_step < block ? streamed_step : block;
   const std::int64_t step = streaming ? streamed_step : 4 * block;
-  const auto write_part = [&](const auto& coefficients, PartialPlace<S> place, S* __restrict at)
-                              __attribute__((always_inline)) {
-                                const auto& k = coefficients(place);
-                                for (int row = 0; row < rows; ++row)
-                                  place.write(value(k, place, row), at + row * stride);
-                              };
-  // Rows [first, last) of the places that one vector in memory has.
+  static_assert(4 * block <= longest_step<S>);
+  // The places that one vector in memory has.
   constexpr std::int64_t whole_length = vector_bytes / sizeof(S);
-  const auto write_whole = [&](const auto& coefficients, auto place, int first, int last,
+  const auto write_whole = [&](const auto& coefficients, auto place,
                                bool past_caches) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int row = first; row < last; ++row) {
-      const auto value_at = [&](auto at) __attribute__((always_inline)) {
-        return value(coefficients(at), at, row);
-      };
-      u32v bits;
-      if constexpr (any_order && Storage<S>::alternates)
-        bits = Storage<S>::encode_alternating(value_at(EveryOtherPlace<S>{place.i, false}),
-                                              value_at(EveryOtherPlace<S>{place.i, true}));
-      else
-        bits = Storage<S>::encode_whole([&](std::int64_t k) __attribute__((always_inline)) {
-          auto at = place;
-          at.i += k;
-          return value_at(at);
-        });
-      S* const target = to + row * stride + place.i;
-      if (past_caches)
-        stream_vector(target, bits);
-      else
-        store_vector(bits, target);
-    }
+    const auto value_at = [&](auto at) __attribute__((always_inline)) {
+      return value(coefficients(at), at);
+    };
+    u32v bits;
+    if constexpr (any_order && Storage<S>::alternates)
+      bits = Storage<S>::encode_alternating(value_at(EveryOtherPlace<S>{place.i, false}),
+                                            value_at(EveryOtherPlace<S>{place.i, true}));
+    else
+      bits = Storage<S>::encode_whole([&](std::int64_t k) __attribute__((always_inline)) {
+        auto at = place;
+        at.i += k;
+        return value_at(at);
+      });
+    if (past_caches)
+      stream_vector(to + place.i, bits);
+    else
+      store_vector(bits, to + place.i);
   };
   // Parts of a line one after the other, and of nothing else in between.
   const auto stream_line = [&](const auto& coefficients,
                                std::int64_t begin) __attribute__((always_inline)) {
-    for (int row = 0; row < rows; ++row) {
-      OtherLine<S> other;
+    OtherLine<S> other;
 #pragma GCC unroll 1
-      for (std::int64_t at = begin; at < begin + line; at += whole_length)
-        write_whole(coefficients, StreamedPlace<S>{{at}, begin, &other}, row, row + 1, true);
-      if (other.to != nullptr) write_line(other.values, other.to);
-    }
+    for (std::int64_t at = begin; at < begin + line; at += whole_length)
+      write_whole(coefficients, StreamedPlace<S>{{at}, begin, &other}, true);
+    if (other.to != nullptr) write_line(other.values, other.to);
   };
   const auto write_blocks = [&](const auto& coefficients, std::int64_t begin,
                                 std::int64_t end) __attribute__((always_inline)) {
@@ -1036,15 +1027,13 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
     if (streaming)
       for (; i + streamed_block <= end; i += streamed_block)
 #pragma GCC unroll 8
-        for (int row = 0; row < rows; ++row)
-#pragma GCC unroll 8
-          for (std::int64_t at = 0; at < streamed_block; at += whole_length)
-            write_whole(coefficients, Place<S>{i + at}, row, row + 1, true);
+        for (std::int64_t at = 0; at < streamed_block; at += whole_length)
+          write_whole(coefficients, Place<S>{i + at}, true);
     else
       for (; i + block <= end; i += block)
 #pragma GCC unroll 8
         for (std::int64_t at = 0; at < block; at += whole_length)
-          write_whole(coefficients, Place<S>{i + at}, 0, rows, false);
+          write_whole(coefficients, Place<S>{i + at}, false);
     return i;
   };
 
@@ -1055,14 +1044,15 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
     if (i < end) {
       // An end of the row, or the line that two channels share: that is put together first, since
       // it is streamed with the others.
+      channels.reach(i);
       before(i, end - i);
       const auto& coefficients = channels.around(c, c * channel_length);
-      const bool streamed = streaming && rows == 1 && end - i == line;
+      const bool streamed = streaming && end - i == line;
       alignas(64) S values[line];
 #pragma GCC unroll 1
       for (std::int64_t at = i; at < end; at += vector_length<S>) {
-        const std::int64_t count = end - at < vector_length<S> ? end - at : vector_length<S>;
-        write_part(coefficients, {at, count}, streamed ? values - i : to);
+        const PartialPlace<S> place{at, end - at < vector_length<S> ? end - at : vector_length<S>};
+        place.write(value(coefficients(place), place), streamed ? values - i : to);
       }
       if (streamed) write_line(values, to + i);
       i = end;
@@ -1073,6 +1063,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
     const std::int64_t whole = i + (channel_end - i) / line * line;
     while (i < whole) {
       const std::int64_t count = whole - i < step ? whole - i : step;
+      channels.reach(i);
       before(i, count);
       const std::int64_t until = i + count;
       if constexpr (!large) i = write_blocks(coefficients, i, until);
@@ -1081,7 +1072,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t stride, std::int64_t leng
         for (; i < until; i += line) stream_line(coefficients, i);
       } else {
 #pragma GCC unroll 1
-        for (; i < until; i += whole_length) write_whole(coefficients, Place<S>{i}, 0, rows, false);
+        for (; i < until; i += whole_length) write_whole(coefficients, Place<S>{i}, false);
       }
     }
     end = whole == channel_end ? whole : whole + line < length ? whole + line : length;
