@@ -47,6 +47,25 @@ double wanted_center(const ShiftedSums& s, double count) {
   return good ? 0 : static_cast<double>(static_cast<Compute<S>>(s.total / count));
 }
 
+// What is added of a vector of values: doubles, or floats.
+template <class A, class V>
+BNEXT_INLINE auto addends(V v) {
+  if constexpr (sizeof(A) == sizeof v[0])
+    return Vectors<V, 1>{v};
+  else
+    return widen(Vectors<V, 1>{v});
+}
+template <class A, class S>
+using Addends = decltype(addends<A>(Vector<S>{}));
+// Of a place of a row.
+template <class A, class P, class S>
+BNEXT_INLINE Addends<A, S> addends_at(P at, const S* row) {
+  if constexpr (P::whole && sizeof(S) == 4 && sizeof(A) == 8)
+    return Access<Addends<A, S>>::widened(row + at.i);
+  else
+    return addends<A>(at(row));
+}
+
 // What sums are made around, if anything: a base, since a field takes room even if it is empty, and
 // compilers copy such objects through memory.
 template <bool centered, class Center = double>
@@ -118,7 +137,7 @@ struct MomentSums : Around<centered> {
     if constexpr (sizeof(S) == 2) {
       Pack<Value> x = values_first(p, count);
       if constexpr (centered) x = first_lanes_of(x, count, this->center);
-      add_each(1, [&](std::int64_t) __attribute__((always_inline)) { return x; });
+      add(x);
     } else {
       by_vector(
           0,
@@ -132,19 +151,37 @@ struct MomentSums : Around<centered> {
           total, squares);
     }
   }
-  // The packs that read(0) to read(count - 1) give: the first sum of squares alone.
-  template <class Read>
-  BNEXT_INLINE void add_each(std::int64_t count, Read read) {
+  // What read(0) to read(count - 1) give of some lanes, around `center`, to the sums of those
+  // lanes.
+  template <class Read, class Center, class Wide>
+  static BNEXT_INLINE void add_lanes(std::int64_t count, Read read, Center center, Wide& sum,
+                                     Wide& sum_of_squares) {
+    std::int64_t k = 0;
     if constexpr (narrow) {
-      add_narrow(count, read, total, squares);
+      const auto add = [&](std::int64_t some) __attribute__((always_inline)) {
+        add_narrow(
+            some, [&](std::int64_t j) __attribute__((always_inline)) { return read(k + j); }, sum,
+            sum_of_squares);
+      };
+      for (; k + unit <= count; k += unit) add(unit);
+      if (k < count) add(count - k);
     } else {
-      std::int64_t k = 0;
+      const auto shifted = [&](std::int64_t j) __attribute__((always_inline)) {
+        if constexpr (centered)
+          return read(j) - center;
+        else
+          return read(j);
+      };
       for (; k + 2 <= count; k += 2) {
-        const Pack<double> a = shifted(read(k)), b = shifted(read(k + 1));
-        total = total + (a + b);
-        squares = square_add(b, square_add(a, squares));
+        const Wide first = shifted(k), second = shifted(k + 1);
+        sum = sum + (first + second);
+        sum_of_squares = square_add(second, square_add(first, sum_of_squares));
       }
-      if (k < count) add(read(k));
+      if (k < count) {
+        const Wide last = shifted(k);
+        sum = sum + last;
+        sum_of_squares = square_add(last, sum_of_squares);
+      }
     }
   }
   BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(squares + more_squares)}; }
@@ -163,14 +200,12 @@ struct MomentSums : Around<centered> {
     sum = sum + widen(t);
     sum_of_squares = sum_of_squares + widen(s);
   }
-  BNEXT_INLINE void add(Pack<double> x) {
-    const Pack<double> a = shifted(x);
-    total = total + a;
-    squares = square_add(a, squares);
-  }
-  BNEXT_INLINE Pack<double> shifted(Pack<double> x) const {
-    if constexpr (centered) return x - this->center;
-    return x;
+  BNEXT_INLINE void add(Pack<Value> x) {
+    const auto read = [&](std::int64_t) __attribute__((always_inline)) { return x; };
+    if constexpr (centered)
+      add_lanes(1, read, this->center, total, squares);
+    else
+      add_lanes(1, read, 0, total, squares);
   }
   BNEXT_INLINE f64v shifted(f64v x) const {
     if constexpr (centered) return x - first_vector(this->center);
@@ -199,81 +234,74 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
     if constexpr (shifted) this->center = broadcast(static_cast<Addend>(origin));
   }
 
-  // `count` packs that gradients(k) and values(k) give.
-  template <class Gradients, class Values>
-  BNEXT_INLINE void add(std::int64_t count, Gradients gradients, Values values, Ones ones) {
-    std::int64_t k = 0;
-    for (; k + 2 <= count; k += 2) {
-      const Pack<double> a = gradients(k), b = gradients(k + 1);
-      total = add_by_multiplying(a + b, ones, total);
-      products = product_add(a, values(k), products);
-      more_products = product_add(b, values(k + 1), more_products);
-    }
-    if (k < count) add(gradients(k), values(k));
-  }
-  // `count` packs at g and at x.
-  BNEXT_INLINE void add(const S* g, const S* x, std::int64_t count, Ones ones) {
-    for (; count >= 2; count -= 2, g += 2 * lanes, x += 2 * lanes)
-      by_vector(
-          0,
-          [&](std::int64_t i, f64v& sum, f64v& first, f64v& second) __attribute__((always_inline)) {
-            const f64v a = load_wide_vector(g + i), b = load_wide_vector(g + lanes + i);
-            first = product_add(a, load_wide_vector(x + i), first);
-            second = product_add(b, load_wide_vector(x + lanes + i), second);
-            sum = add_by_multiplying(a + b, ones, sum);
-          },
-          total, products, more_products);
-    if (count > 0) add(load_wide(g), load_wide(x));
-  }
-  // `count` packs, of which gradient(i) and value(i) give the vector of floats from element i on.
+  // `count` packs, of which gradient(i) and value(i) give the vector from element i on, as addends.
+  // A run is split after a multiple of `unit`.
   template <class Gradient, class Value>
-  BNEXT_INLINE void add_narrow(std::int64_t count, Gradient gradient, Value value) {
-    const f32v origin = first_vector(this->center);
-    const auto add_packs = [&](std::int64_t first,
-                               std::int64_t some) __attribute__((always_inline)) {
-      by_vectors<2>(
-          first,
-          [&](std::int64_t i, auto& sum, auto& sum_of_products) __attribute__((always_inline)) {
-            add_terms(
-                some,
-                [&](std::int64_t k) __attribute__((always_inline)) {
-                  const f32v g = gradient(i + k * lanes);
-                  return Terms<Vectors<f32v, 1>>{{g}, {g * (value(i + k * lanes) - origin)}};
-                },
-                sum, sum_of_products);
-          },
-          total, products);
-    };
-    std::int64_t k = 0;
-    for (; k + unit <= count; k += unit) add_packs(k * lanes, unit);
-    if (k < count) add_packs(k * lanes, count - k);
-  }
-  // The first `count` values of a pack at g and at x.
-  BNEXT_INLINE void add_first(const S* g, const S* x, std::int64_t count) {
-    by_vector(
+  BNEXT_INLINE void add(std::int64_t count, Gradient gradient, Value value, Ones ones) {
+    by_vectors<some>(
         0,
-        [&](std::int64_t i, f64v& sum, f64v& first) __attribute__((always_inline)) {
+        [&](std::int64_t i, auto& sum, auto& sum_of_products,
+            auto& more) __attribute__((always_inline)) {
+          const auto center = center_as<decltype(gradient(i))>();
+          const auto gradient_of = [&](std::int64_t k) __attribute__((always_inline)) {
+            return gradient(i + k * lanes);
+          };
+          const auto value_of = [&](std::int64_t k)
+                                    __attribute__((always_inline)) { return value(i + k * lanes); };
+          if constexpr (narrow) {
+            add_lanes(count, gradient_of, value_of, center, sum, sum_of_products);
+          } else {
+            std::int64_t k = 0;
+            for (; k + 2 <= count; k += 2) {
+              const auto a = gradient_of(k), b = gradient_of(k + 1);
+              sum = add_by_multiplying(a + b, ones, sum);
+              sum_of_products = product_add(a, value_of(k), center, sum_of_products);
+              more = product_add(b, value_of(k + 1), center, more);
+            }
+            if (k < count)
+              add_lanes(
+                  1, [&](std::int64_t) __attribute__((always_inline)) { return gradient_of(k); },
+                  [&](std::int64_t) __attribute__((always_inline)) { return value_of(k); }, center,
+                  sum, sum_of_products);
+          }
+        },
+        total, products, more_products);
+  }
+  // The first `count` values of a pack.
+  template <class Gradient, class Value>
+  BNEXT_INLINE void add_first(std::int64_t count, Gradient gradient, Value value) {
+    by_vectors<some>(
+        0,
+        [&](std::int64_t i, auto& sum, auto& sum_of_products) __attribute__((always_inline)) {
           if (i >= count) return;
-          const f64v a = load_wide_vector_first(g + i, count - i);
-          first = product_add(a, load_wide_vector_first(x + i, count - i), first);
-          sum = sum + a;
+          add_lanes(
+              1, [&](std::int64_t) __attribute__((always_inline)) { return gradient(i); },
+              [&](std::int64_t) __attribute__((always_inline)) { return value(i); },
+              center_as<decltype(gradient(i))>(), sum, sum_of_products);
         },
         total, products);
   }
-  // The packs that gradients(0) to gradients(count - 1) give, and values: the first sum of products
-  // alone.
-  template <class Gradients, class Values>
-  BNEXT_INLINE void add_each(std::int64_t count, Gradients gradients, Values values) {
+  // What gradient(0) to gradient(count - 1) and value(0) ... give of some lanes, around `center`,
+  // to the sums of those lanes.
+  template <class Gradient, class Value, class Center, class Wide>
+  static BNEXT_INLINE void add_lanes(std::int64_t count, Gradient gradient, Value value,
+                                     Center center, Wide& sum, Wide& sum_of_products) {
+    std::int64_t k = 0;
     if constexpr (narrow) {
-      add_terms(
-          count,
-          [&](std::int64_t k) __attribute__((always_inline)) {
-            const Pack<float> g = gradients(k);
-            return Terms<Pack<float>>{g, g * (values(k) - this->center)};
-          },
-          total, products);
+      const auto add = [&](std::int64_t some) __attribute__((always_inline)) {
+        add_narrow(
+            some, [&](std::int64_t j) __attribute__((always_inline)) { return gradient(k + j); },
+            [&](std::int64_t j) __attribute__((always_inline)) { return value(k + j) - center; },
+            sum, sum_of_products);
+      };
+      for (; k + unit <= count; k += unit) add(unit);
+      if (k < count) add(count - k);
     } else {
-      for (std::int64_t k = 0; k < count; ++k) add(gradients(k), values(k));
+      for (; k < count; ++k) {
+        const Wide g = gradient(k);
+        sum = sum + g;
+        sum_of_products = product_add(g, value(k), center, sum_of_products);
+      }
     }
   }
   BNEXT_INLINE GradSums sums(double scale) const {
@@ -281,18 +309,26 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
   }
 
  private:
+  // Vectors of sums that a vector of values is added to.
+  static constexpr int some = sizeof(double) / sizeof(Compute<S>);
+
   template <class P>
-  struct Terms {
-    P gradient, product;
-  };
-  // The terms that terms(0) to terms(count - 1) give.
-  template <class Each, class Wide>
-  static BNEXT_INLINE void add_terms(std::int64_t count, Each terms, Wide& sum,
-                                     Wide& sum_of_products) {
-    auto [gradients, products] = terms(0);
+  BNEXT_INLINE auto center_as() const {
+    if constexpr (shifted)
+      return Access<P>::each(0, [&](std::int64_t) __attribute__((always_inline)) {
+        return first_vector(this->center);
+      });
+    else
+      return 0;
+  }
+  // Gradients and values from the center on, floats of which products are added first.
+  template <class Gradient, class Value, class Wide>
+  static BNEXT_INLINE void add_narrow(std::int64_t count, Gradient gradient, Value value, Wide& sum,
+                                      Wide& sum_of_products) {
+    auto gradients = gradient(0), products = gradients * value(0);
     for (std::int64_t k = 1; k < count; ++k) {
-      const auto [gradient, product] = terms(k);
-      gradients = gradients + gradient;
+      const auto g = gradient(k), product = g * value(k);
+      gradients = gradients + g;
       if constexpr (products_added_narrow<S>) {
         products = products + product;
       } else {
@@ -303,63 +339,35 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
     sum = sum + widen(gradients);
     sum_of_products = sum_of_products + widen(products);
   }
-  BNEXT_INLINE void add(Pack<double> g, Pack<double> x) {
-    total = total + g;
-    products = product_add(g, x, products);
-  }
-  BNEXT_INLINE Pack<double> from_origin(Pack<double> x) const { return x - this->center; }
-  BNEXT_INLINE f64v from_origin(f64v x) const { return x - first_vector(this->center); }
-  template <class V>
-  BNEXT_INLINE V product_add(V g, V x, V sum) const {
+  template <class P, class Center>
+  static BNEXT_INLINE P product_add(P g, P x, Center center, P sum) {
     if constexpr (shifted)
-      return g * from_origin(x) + sum;
+      return g * (x - center) + sum;
     else
       return multiply_add(g, x, sum);
   }
 };
 
-// What the loops go by, of sixteen values or the first `count` of them, as type A.
-template <class A, class Run, class S>
-BNEXT_INLINE Pack<A> values_of(const Run& run, const S* x) {
-  if constexpr (!Run::invertible) return load_as<A>(x);
-  return as<A>(Access<Pack<Compute<S>>>::each(
-      0, [&](std::int64_t k)
-             __attribute__((always_inline)) { return run.input(load_values(x + k)); }));
+// What the loops go by, at a place, as type A.
+template <class A, class P, class Run, class S>
+BNEXT_INLINE Addends<A, S> value_addends(P at, const Run& run, const S* x) {
+  if constexpr (Run::invertible)
+    return addends<A>(run.input(at(x)));
+  else
+    return addends_at<A>(at, x);
 }
-template <class A, class Run, class S>
-BNEXT_INLINE Pack<A> values_of_first(const Run& run, const S* x, std::int64_t count) {
-  return as<A>(
-      Access<Pack<Compute<S>>>::each(0, [&](std::int64_t k) __attribute__((always_inline)) {
-        return run.input(load_values_first(x + k, count - k));
-      }));
-}
-
 // The gradients at the normalised values of a place. f gives its coefficients, g and x point to
 // gradients at results and to values.
-template <class Run, class S, class Place, class Coefficients>
-BNEXT_INLINE Vector<S> gradient_at(Place at, const Run& run, const S* g, const S* x,
-                                   Coefficients f) {
-  return run.gradient(
-      at(g), at, [&]() __attribute__((always_inline)) { return apply(f(at), run.input(at(x))); });
-}
-// Of the sixteen elements from i on.
-template <class A, class Run, class S, class Coefficients>
-BNEXT_INLINE Pack<A> gradients_of(const Run& run, const S* g, const S* x, std::int64_t i,
-                                  Coefficients f) {
-  return as<A>(Access<Pack<Compute<S>>>::each(
-      i, [&](std::int64_t k)
-             __attribute__((always_inline)) { return gradient_at(Place<S>{k}, run, g, x, f); }));
-}
-// Of the first `count` of them, zero for the others.
-template <class A, class Run, class S, class Coefficients>
-BNEXT_INLINE Pack<A> gradients_of_first(const Run& run, const S* g, const S* x, std::int64_t i,
-                                        std::int64_t count, Coefficients f) {
-  return as<A>(
-      Access<Pack<Compute<S>>>::each(i, [&](std::int64_t k) __attribute__((always_inline)) {
-        const PartialPlace<S> at{k, i + count - k};
-        const auto all = gradient_at(at, run, g, x, f);
-        return first_lanes_of(all, at.count, decltype(all){});
-      }));
+template <class A, class Tail, class P, class S, class Coefficients>
+BNEXT_INLINE Addends<A, S> gradient_addends(P at, const typename Tail::Run& run, const S* g,
+                                            const S* x, Coefficients f) {
+  if constexpr (Tail::linear) {
+    return addends_at<A>(at, g);
+  } else {
+    const auto v = run.gradient(
+        at(g), at, [&]() __attribute__((always_inline)) { return apply(f(at), run.input(at(x))); });
+    return addends<A>(P::whole ? v : first_lanes_of(v, at.count, decltype(v){}));
+  }
 }
 
 // -- rows: some channels, in runs of contiguous values --------------------------------------------
@@ -789,39 +797,25 @@ class GradTile {
     ahead_x.fetch(x + i, count);
     const F coefficients = f;
     const auto f_at = [&](auto) __attribute__((always_inline)) { return coefficients; };
-    const std::int64_t packs = count / lanes, rest = count % lanes;
-    if constexpr (Sums::narrow)
-      sums.add_narrow(
-          packs,
-          [&](std::int64_t k) __attribute__((always_inline)) {
-            return gradient_at(Place<S>{i + k}, tail, g, x, f_at);
-          },
-          [&](std::int64_t k)
-              __attribute__((always_inline)) { return tail.input(load_values(x + i + k)); });
-    else if constexpr (Tail::linear)
-      sums.add(g + i, x + i, packs, ones);
-    else
-      sums.add(
-          packs,
-          [&](std::int64_t k) __attribute__((always_inline)) {
-            return gradients_of<Addend>(tail, g, x, i + k * lanes, f_at);
-          },
-          [&](std::int64_t k)
-              __attribute__((always_inline)) { return values_of<Addend>(tail, x + i + k * lanes); },
-          ones);
+    const auto gradient = [&](auto at) __attribute__((always_inline)) {
+      return gradient_addends<Addend, Tail>(at, tail, g, x, f_at);
+    };
+    const auto value = [&](auto at) __attribute__((always_inline)) {
+      return value_addends<Addend>(at, tail, x);
+    };
+    const std::int64_t rest = count % lanes, last = i + count - rest;
+    sums.add(
+        count / lanes,
+        [&](std::int64_t k) __attribute__((always_inline)) { return gradient(Place<S>{i + k}); },
+        [&](std::int64_t k) __attribute__((always_inline)) { return value(Place<S>{i + k}); },
+        ones);
     if (rest == 0) return;
-    i += count - rest;
-    if constexpr (Tail::linear && !Sums::narrow)
-      sums.add_first(g + i, x + i, rest);
-    else
-      sums.add_each(
-          1,
-          [&](std::int64_t) __attribute__((always_inline)) {
-            return gradients_of_first<Addend>(tail, g, x, i, rest, f_at);
-          },
-          [&](std::int64_t) __attribute__((always_inline)) {
-            return values_of_first<Addend>(tail, x + i, rest);
-          });
+    const auto place = [&](std::int64_t k) __attribute__((always_inline)) {
+      return PartialPlace<S>{last + k, rest - k};
+    };
+    sums.add_first(
+        rest, [&](std::int64_t k) __attribute__((always_inline)) { return gradient(place(k)); },
+        [&](std::int64_t k) __attribute__((always_inline)) { return value(place(k)); });
   }
 
   const Grid& grid_;
@@ -989,11 +983,8 @@ BNEXT_INLINE RepeatedRow<Coefficients> repeated_row(Coefficients coefficients, s
   return {coefficients, width};
 }
 
-// Rows whose sums stay in registers.
-constexpr std::int64_t row_block = 4;
-
-// Calls body(r, count, width) for blocks of rows [r, r + count) of equal width.
-template <class Body>
+// Calls body(r, count, width) for blocks of up to row_block rows [r, r + count) of equal width.
+template <int row_block, class Body>
 BNEXT_INLINE void for_each_rows(const Grid& grid, const Columns& columns, std::int64_t chunk,
                                 Body body) {
   const std::int64_t end = grid.last_row(chunk);
@@ -1005,47 +996,43 @@ BNEXT_INLINE void for_each_rows(const Grid& grid, const Columns& columns, std::i
   if (short_end) body(end - 1, 1, row_width(grid, columns, end - 1));
 }
 
-// Rows [0, count) of sixteen columns, added to the columns' sums. `read` loads a pack.
-template <class S, bool centered, class Read>
-BNEXT_INLINE void add_columns(std::int64_t count, const double* center, Read read, double* total,
-                              double* squares) {
-  MomentSums<S, centered> sums(0);
-  if constexpr (centered) sums.center = load(center);
-  sums.total = load(total);
-  sums.squares = load(squares);
-  sums.add_each(count, read);
-  store(sums.total, total);
-  store(sums.squares, squares);
+// Calls add(at, first, second) with a vector of columns after the other, and their sums.
+template <class S, class Add>
+BNEXT_INLINE void for_each_columns(std::int64_t width, double* first, double* second, Add add) {
+  using Wide = Addends<double, S>;
+  const auto add_at = [&](auto at) __attribute__((always_inline)) {
+    auto a = load_vectors<Wide>(first + at.i), b = load_vectors<Wide>(second + at.i);
+    add(at, a, b);
+    Access<Wide>::store(a, first + at.i);
+    Access<Wide>::store(b, second + at.i);
+  };
+  std::int64_t w = 0;
+  for (; w + vector_length<S> <= width; w += vector_length<S>) add_at(Place<S>{w});
+  if (w < width) add_at(PartialPlace<S>{w, width - w});
 }
 
 template <class S, bool centered>
 void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t chunk, const S* x,
                           const double* center, double* total, double* squares) {
   using Sums = MomentSums<S, centered>;
+  constexpr int row_block = 8;
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = squares[w] = 0;
-  for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
-    const S* row = x + r * grid.width + columns.first;
-    std::int64_t w = 0;
-    if (count == row_block)
-      for (; w + lanes <= width; w += lanes) {
-        if (grid.fetch_rows) fetch(row + count * (width + w), count * lanes);
-        add_columns<S, centered>(
-            row_block, center + w,
-            [&](std::int64_t k)
-                __attribute__((always_inline)) { return Sums::values(row + k * grid.width + w); },
-            total + w, squares + w);
-      }
-    for (; w < width; w += lanes)
-      add_columns<S, centered>(
-          count, center + w,
-          [&](std::int64_t k) __attribute__((always_inline)) {
-            const Pack<typename Sums::Value> rest =
-                Sums::values_first(row + k * grid.width + w, width - w);
-            if constexpr (centered) return first_lanes_of(rest, width - w, load(center + w));
-            return rest;
-          },
-          total + w, squares + w);
-  });
+  for_each_rows<row_block>(
+      grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
+        const S* row = x + r * grid.width + columns.first;
+        for_each_columns<S>(width, total, squares, [&](auto at, auto& sum, auto& sum_of_squares) {
+          if (grid.fetch_rows) fetch(row + count * (width + at.i), count * at.count);
+          const auto middle = load_vectors<Addends<double, S>>(center + at.i);
+          const auto read = [&](std::int64_t k) __attribute__((always_inline)) {
+            const auto v = addends_at<typename Sums::Value>(at, row + k * grid.width);
+            if constexpr (centered && !decltype(at)::whole)
+              return first_lanes_of(v, at.count, middle);
+            else
+              return v;
+          };
+          Sums::add_lanes(count, read, middle, sum, sum_of_squares);
+        });
+      });
 }
 
 template <class S>
@@ -1136,19 +1123,6 @@ struct ColumnGradAffine {
   }
 };
 
-// Rows [0, count) of sixteen columns of gradients and values, added to the columns' sums.
-template <class Sums, class ReadG, class ReadX>
-BNEXT_INLINE void add_grad_columns(std::int64_t count, const typename Sums::Addend* origin,
-                                   ReadG read_g, ReadX read_x, double* total, double* products) {
-  Sums sums(0);
-  if constexpr (Sums::shifted) sums.center = load(origin);
-  sums.total = load(total);
-  sums.products = load(products);
-  sums.add_each(count, read_g, read_x);
-  store(sums.total, total);
-  store(sums.products, products);
-}
-
 template <class S, class Tail>
 void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, const S* grad_y,
                        const S* x, const double* origin, const Affine<Compute<S>>* forward,
@@ -1168,52 +1142,36 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
   Tail tail(fusion);
 
-  for_each_rows(grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
-    const std::int64_t first = r * grid.width + columns.first;
-    const S *values = x + first, *g = grad_y + first;
-    const auto run_of = [&](std::int64_t k) {
-      if (k >= count) k = 0;
-      return tail.run(first + k * grid.width, width,
-                      all.noted_of_row(r + k - grid.first_row(chunk)), {nullptr, nullptr});
-    };
-    static_assert(row_block == 4);
-    typename Tail::Run runs[row_block] = {run_of(0), run_of(1), run_of(2), run_of(3)};
-    for (std::int64_t k = 0; k < count; ++k) runs[k].ready(0, width);
-    const auto coefficients = [&](auto at) __attribute__((always_inline)) { return f(at); };
-    std::int64_t w = 0;
-    if (count == row_block)
-      for (; w + lanes <= width; w += lanes) {
-        if (grid.fetch_rows) {
-          fetch(g + count * (width + w), count * lanes);
-          fetch(values + count * (width + w), count * lanes);
-        }
-        add_grad_columns<Sums>(
-            row_block, origins + w,
-            [&](std::int64_t k) __attribute__((always_inline)) {
-              const S* from = g + k * grid.width;
-              if constexpr (Tail::linear)
-                return load_as<Addend>(from + w);
-              else
-                return gradients_of<Addend>(runs[k], from, values + k * grid.width, w,
-                                            coefficients);
-            },
-            [&](std::int64_t k) __attribute__((always_inline)) {
-              return values_of<Addend>(runs[k], values + k * grid.width + w);
-            },
-            total + w, products + w);
-      }
-    for (; w < width; w += lanes)
-      add_grad_columns<Sums>(
-          count, origins + w,
-          [&](std::int64_t k) __attribute__((always_inline)) {
-            return gradients_of_first<Addend>(runs[k], g + k * grid.width, values + k * grid.width,
-                                              w, width - w, coefficients);
-          },
-          [&](std::int64_t k) __attribute__((always_inline)) {
-            return values_of_first<Addend>(runs[k], values + k * grid.width + w, width - w);
-          },
-          total + w, products + w);
-  });
+  // Rows that have something of their own have it in registers, or nearly so.
+  constexpr int own = 4, row_block = Tail::plain ? 8 : own;
+  for_each_rows<row_block>(
+      grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
+        const std::int64_t first = r * grid.width + columns.first;
+        const S *values = x + first, *g = grad_y + first;
+        const auto run_of = [&](std::int64_t k) {
+          if (k >= count) k = 0;
+          return tail.run(first + k * grid.width, width,
+                          all.noted_of_row(r + k - grid.first_row(chunk)), {nullptr, nullptr});
+        };
+        typename Tail::Run runs[own] = {run_of(0), run_of(1), run_of(2), run_of(3)};
+        for (std::int64_t k = 0; k < count && k < own; ++k) runs[k].ready(0, width);
+        for_each_columns<S>(width, total, products, [&](auto at, auto& sum, auto& sum_of_products) {
+          if (grid.fetch_rows) {
+            fetch(g + count * (width + at.i), count * at.count);
+            fetch(values + count * (width + at.i), count * at.count);
+          }
+          const auto coefficients = [&](auto) __attribute__((always_inline)) { return f(at); };
+          const auto middle = load_vectors<Addends<Addend, S>>(origins + at.i);
+          const auto gradient = [&](std::int64_t k) __attribute__((always_inline)) {
+            return gradient_addends<Addend, Tail>(at, runs[Tail::plain ? 0 : k], g + k * grid.width,
+                                                  values + k * grid.width, coefficients);
+          };
+          const auto value = [&](std::int64_t k) __attribute__((always_inline)) {
+            return value_addends<Addend>(at, runs[Tail::plain ? 0 : k], values + k * grid.width);
+          };
+          Sums::add_lanes(count, gradient, value, middle, sum, sum_of_products);
+        });
+      });
   gather(grid, columns, total, sums_g);
   gather(grid, columns, products, sums_gx);
   const double scale = tail.scale_of_sums();

@@ -686,6 +686,13 @@ BNEXT_INLINE Pack<Compute<S>> load_first(const S* p, std::int64_t n) {
     return load_values_first(p + i, n - i);
   });
 }
+// Vectors as they are in memory.
+template <class P, class T>
+BNEXT_INLINE P load_vectors(const T* p) {
+  return Access<P>::each(0, [p](std::int64_t i) __attribute__((always_inline)) {
+    return load_vector<decltype(first_vector(P{}))>(p + i);
+  });
+}
 template <class T>
 BNEXT_INLINE Pack<T> broadcast(T value) {
   return Access<Pack<T>>::broadcast(value);
@@ -695,7 +702,8 @@ BNEXT_INLINE void store(Pack<T> v, T* to) {
   Access<Pack<T>>::store(v, to);
 }
 
-BNEXT_INLINE Pack<double> widen(Pack<double> v) {
+template <int n>
+BNEXT_INLINE Vectors<f64v, n> widen(Vectors<f64v, n> v) {
   return v;
 }
 BNEXT_INLINE Vectors<f64v, 2> widen(Vectors<f32v, 1> v) {
@@ -867,6 +875,7 @@ struct Ahead {
 // Calling it with an array over the row reads what lies there.
 template <class S>
 struct Place {
+  static constexpr bool whole = true;
   static constexpr std::int64_t count = vector_length<S>;
   std::int64_t i;
 
@@ -895,6 +904,7 @@ struct EveryOtherPlace {
 };
 template <class S>
 struct PartialPlace {
+  static constexpr bool whole = false;
   std::int64_t i, count;
 
   template <class E>
