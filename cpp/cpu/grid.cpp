@@ -85,10 +85,11 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   if (grid.problem.channels_last) {
     columns_per_channel = 1;
     positions = p.per_channel();
-    // Whole vectors, and enough of them.
+    // Enough vectors, and whole ones, if that makes no more than one group.
     std::int64_t replicas = vector_width / std::gcd(p.c, vector_width);
     replicas *= divide_up(wide_row, p.c * replicas);
-    if (p.c * replicas <= Grid::max_group_width) grid.replicas = std::min(replicas, positions);
+    if (p.c * replicas > Grid::max_group_width) replicas = divide_up(wide_row, p.c);
+    grid.replicas = std::min(replicas, positions);
   }
   grid.rows = divide_up(positions, grid.replicas);
   grid.width = p.c * columns_per_channel * grid.replicas;
