@@ -24,6 +24,7 @@ BNEXT_HD static inline Moments moments_from_shifted(double count, double shift, 
 // Moments of the union of `count` sets, `stride` apart; the first is not empty (Chan, Golub &
 // LeVeque, 1983, eq. 2.1, for all at once: no division for each).
 BNEXT_HD static inline Moments merged(const Moments* sets, long count, long stride) {
+  if (count == 1) return sets[0];
   const double origin = sets[0].mean;
   double values = 0, moment = 0, m2 = 0;
   for (long i = 0; i < count; ++i) {
@@ -36,7 +37,7 @@ BNEXT_HD static inline Moments merged(const Moments* sets, long count, long stri
     const Moments& set = sets[i * stride];
     m2 += set.m2 + set.count * (set.mean - mean) * (set.mean - mean);
   }
-  return {values, count == 1 ? origin : mean, m2};
+  return {values, mean, m2};
 }
 
 // To the type of the loops. A NaN becomes one whose digits are all zeros: those of another could be

@@ -84,14 +84,34 @@ int backward_path(const Fusion& f, bool grad_residual) {
   return static_cast<int>(path_of(f, f.passes != nullptr, f.residual != nullptr || grad_residual));
 }
 
-// reduce(group, chunk) for every tile, then finish(channel), then apply(group, chunk, next): with
-// `next` it also reduces the mirrored chunk of the next group.
+// What an operation on a tensor takes, in values: a channel as long as so many, for its roots and
+// divisions.
+std::int64_t work_of(const Problem& problem) {
+  constexpr std::int64_t values_of_a_channel = 64;
+  return problem.size() + values_of_a_channel * problem.c;
+}
+
+// Pieces of channels, each enough for what the call of a phase takes not to matter.
+constexpr std::int64_t channels_of_a_piece = 64;
+std::int64_t pieces_of(std::int64_t channels) {
+  return (channels + channels_of_a_piece - 1) / channels_of_a_piece;
+}
+template <class Body>
+auto for_piece_of(std::int64_t channels, Body& body) {
+  return [channels, &body](std::int64_t piece) {
+    const std::int64_t begin = piece * channels_of_a_piece;
+    for (std::int64_t c = begin; c < std::min(begin + channels_of_a_piece, channels); ++c) body(c);
+  };
+}
+
+// prepare(channel), then reduce(group, chunk) for every tile, then finish(channel), then
+// apply(group, chunk, next): with `next` it also reduces the mirrored chunk of the next group.
 // The order of the sums is in the grid; this only chooses who does what when.
-template <class Reduce, class Finish, class Apply>
-void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
-  const std::int64_t work = grid.problem.size();
-  const auto finish_group = [&](std::int64_t group) {
-    for (std::int64_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) finish(c);
+template <class Prepare, class Reduce, class Finish, class Apply>
+void reduce_then_apply(Grid& grid, Prepare prepare, Reduce reduce, Finish finish, Apply apply) {
+  const std::int64_t work = work_of(grid.problem);
+  const auto each_channel = [&](std::int64_t group, auto& body) {
+    for (std::int64_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) body(c);
   };
   // Enough groups to share out: each is taken through all three steps while it is in cache. The
   // second pass goes backwards, since what the first read last is still there.
@@ -102,10 +122,13 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   if (by_groups) {
     parallel_shares(grid.groups, work, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t group = begin; group < end; ++group) {
-        if (group == begin || !grid.sum_next)
-          for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) reduce(group, chunk);
-        finish_group(group);
         const bool next = grid.sum_next && group + 1 < end;
+        if (group == begin || !grid.sum_next) {
+          each_channel(group, prepare);
+          for (std::int64_t chunk = 0; chunk < grid.chunks; ++chunk) reduce(group, chunk);
+        }
+        each_channel(group, finish);
+        if (next) each_channel(group + 1, prepare);
         for (std::int64_t chunk = grid.chunks; chunk-- > 0;) apply(group, chunk, next);
       }
     });
@@ -116,9 +139,12 @@ void reduce_then_apply(Grid& grid, Reduce reduce, Finish finish, Apply apply) {
   auto apply_tile = [&](std::int64_t tile) {
     apply(tile % grid.groups, tile / grid.groups, false);
   };
-  const Phase phases[] = {phase(tiles, reduce_tile), phase(grid.problem.c, finish),
-                          phase(tiles, apply_tile, true)};
-  parallel_phases(work, phases, 3);
+  const std::int64_t channels = grid.problem.c, pieces = pieces_of(channels);
+  auto prepare_piece = for_piece_of(channels, prepare);
+  auto finish_piece = for_piece_of(channels, finish);
+  const Phase phases[] = {phase(pieces, prepare_piece), phase(tiles, reduce_tile),
+                          phase(pieces, finish_piece), phase(tiles, apply_tile, true)};
+  parallel_phases(work, phases, 4);
 }
 
 }  // namespace
@@ -139,7 +165,7 @@ void launch(const BatchNormForwardArgs& a, const Kernels<S>& kernels) {
   grid.sum_next = grid.sum_next && apply.sums_next;
 
   reduce_then_apply(
-      grid,
+      grid, [](std::int64_t) {},
       [&](std::int64_t group, std::int64_t chunk) {
         kernels.moments(grid, group, chunk, x, partials);
       },
@@ -188,19 +214,18 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   grid.sum_next = grid.sum_next && apply_grad.sums_next;
   const auto count = static_cast<double>(a.problem.per_channel());
 
-  for (std::int64_t c = 0; c < channels; ++c) {
-    const double w = value_or<T>(a.weight, c, 1), b = value_or<T>(a.bias, c, 0);
-    const Centered by = centered(a.from_result, a.mean[c], a.inv_std[c], w, b);
-    center[c] = by.center;
-    origin[c] = origin_of<S>(by.center, by.scale);
-    scale[c] = by.scale;
-    weight[c] = by.weight;
-    forward[c] =
-        a.from_result ? Affine<T>{0, 1, 0} : normalisation<T>(a.mean[c], a.inv_std[c], w, b);
-  }
-
   reduce_then_apply(
       grid,
+      [&](std::int64_t c) {
+        const double w = value_or<T>(a.weight, c, 1), b = value_or<T>(a.bias, c, 0);
+        const Centered by = centered(a.from_result, a.mean[c], a.inv_std[c], w, b);
+        center[c] = by.center;
+        origin[c] = origin_of<S>(by.center, by.scale);
+        scale[c] = by.scale;
+        weight[c] = by.weight;
+        forward[c] =
+            a.from_result ? Affine<T>{0, 1, 0} : normalisation<T>(a.mean[c], a.inv_std[c], w, b);
+      },
       [&](std::int64_t group, std::int64_t chunk) {
         grad_sums(grid, group, chunk, grad_y, x, origin, forward, fusion, partials);
       },
@@ -231,22 +256,28 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
   const std::int64_t channels = a.problem.c;
   Workspace workspace(Workspace::bytes<Affine<T>>(channels));
   auto* forward = workspace.take<Affine<T>>(channels);
-  for (std::int64_t c = 0; c < channels; ++c)
+  auto prepare = [&](std::int64_t c) {
     forward[c] = normalisation<T>(static_cast<const T*>(a.mean)[c],
                                   1 / std::sqrt(value_or<T>(a.var, c, 0) + a.eps),
                                   value_or<T>(a.weight, c, 1), value_or<T>(a.bias, c, 0));
+  };
   const auto apply = kernels.apply[forward_path(a.fusion)];
   // One pass, in the order of memory: no sums to make, so the tiles can be what suits the threads.
   grid.sum_next = false;
-  constexpr std::int64_t enough = 4;
+  constexpr std::int64_t enough_tiles = 4;
+  const std::int64_t enough_chunks = (enough_tiles + grid.groups - 1) / grid.groups;
   if (!grid.columns)
     grid.cut(1);
-  else if (grid.chunks < enough)
-    grid.cut((grid.rows + enough - 1) / enough);
-  parallel_for(grid.groups * grid.chunks, a.problem.size(), [&](std::int64_t tile) {
+  else if (grid.chunks < enough_chunks)
+    grid.cut((grid.rows + enough_chunks - 1) / enough_chunks);
+  auto apply_tile = [&](std::int64_t tile) {
     apply.run(grid, tile % grid.groups, tile / grid.groups, static_cast<const S*>(a.x), forward,
               a.fusion, static_cast<S*>(a.y), nullptr);
-  });
+  };
+  auto prepare_piece = for_piece_of(channels, prepare);
+  const Phase phases[] = {phase(pieces_of(channels), prepare_piece),
+                          phase(grid.groups * grid.chunks, apply_tile)};
+  parallel_phases(work_of(a.problem), phases, 2);
 }
 
 template <class S>
