@@ -51,9 +51,9 @@ TOLERANCE |= {
 }
 
 # (shape, channel_axis): every boundary of the kernels. Rows are cut into chunks of 16,384 values;
-# rows shorter than 64 and channels-last become columns, at most 1,024 to a group, 65,536 values to
-# a tile, a few positions side by side where there are few channels; of all columns, some rows are
-# one run. Of many channels with short rows, neighbours are one run.
+# rows shorter than 64, or 33 of one or two samples, and channels-last become columns, at most 1,024
+# to a group, 65,536 values to a tile, a few positions side by side where there are few channels; of
+# all columns, some rows are one run. Of many channels with short rows, neighbours are one run.
 SHAPES = [
     ((2, 1), 1),
     ((2, 3), 1),
@@ -90,6 +90,7 @@ SHAPES = [
     ((64, 3, 9, 9), 1),
     ((3, 70, 14, 14), 1),
     ((2, 130, 9, 9), 1),
+    ((1, 70, 6, 6), 1),
 ]
 
 

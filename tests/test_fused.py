@@ -33,6 +33,7 @@ SHAPES = [
     ((5, 9, 11, 3), -1),
     ((257, 5, 48), -1),
     ((9, 31, 67), -1),
+    ((1, 70, 6, 6), 1),
 ]
 shapes = pytest.mark.parametrize("case", SHAPES, ids=name_of)
 # Everything that can be combined for the small ones of each kind, and the ends for the others.

@@ -9,7 +9,9 @@
 namespace bnext {
 namespace {
 
-constexpr std::int64_t short_row = 65;        // rows below it are taken as columns
+constexpr std::int64_t short_row = 65;        // rows below it are taken as columns,
+constexpr std::int64_t few_samples = 2;       // unless so few have them
+constexpr std::int64_t shortest_row = 33;     // and they are as long as this
 constexpr std::int64_t chunk_values = 16384;  // of one channel, in rows
 constexpr std::int64_t chunk_area = 65536;    // of all columns of a group, at least
 constexpr std::int64_t enough_chunks = 32;    // more only cost time to merge
@@ -49,7 +51,8 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
   grid.streaming = worth_streaming(tensors * p.size() * item);
   grid.far = tensors * p.size() * item > core_cache_bytes();
   if (p.s == 1) grid.problem.channels_last = true;  // the same memory
-  grid.columns = grid.problem.channels_last || p.s < short_row;
+  grid.columns =
+      grid.problem.channels_last || p.s < (p.n <= few_samples ? shortest_row : short_row);
 
   if (!grid.columns) {
     // Neighbouring channels make long contiguous runs, as long as the second pass still finds
