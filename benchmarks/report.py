@@ -125,18 +125,21 @@ def speed_table(facts: dict, table: Table, beyond: bool) -> list[str]:
 
 
 def variant_table(files: list[str]) -> list[str]:
-    """Share of the limit, and the best of oneDNN's layouts, for other options; all shapes."""
+    """For other options: share of the limit and best of oneDNN's layouts, beyond caches, within."""
     rows = {}
     for path in files:
         facts, table = load(path)
-        what = [facts["layout"].upper(), facts["backend"], f"{facts['threads']} threads"]
-        cells = []
-        for op in OPS:
-            share = statistics.geometric_mean(ratios(table, op, of(LIMIT)).values())
-            peers = ratios(table, op, best_onednn).values()
-            ratio = f", oneDNN {statistics.geometric_mean(peers):.2f}" if peers else ""
-            cells.append(f"{share:.2f}{ratio}")
-        rows[", ".join(what)] = cells
+        parts = [where(facts, table, beyond) for beyond in (True, False)]
+
+        def both(
+            op: str, above: Callable[[str, dict], float | None], parts: list[Table] = parts
+        ) -> str:
+            found = [ratios(part, op, above).values() for part in parts]
+            return ", ".join(f"{statistics.geometric_mean(f):.2f}" for f in found if f)
+
+        what = ", ".join([facts["layout"].upper(), facts["backend"], f"{facts['threads']} threads"])
+        rows[f"{what}: share of the limit"] = [both(op, of(LIMIT)) for op in OPS]
+        rows[f"{what}: oneDNN / ours"] = [both(op, best_onednn) or "-" for op in OPS]
     return lines_of(list(OPS), rows)
 
 

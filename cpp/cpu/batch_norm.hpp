@@ -91,12 +91,6 @@ struct MomentSums : Around<centered> {
     if constexpr (centered) this->center = broadcast(center_);
   }
 
-  // Values as they are added, of a pack or the first `count` of one.
-  static BNEXT_INLINE Pack<Value> values(const S* p) { return load_as<Value>(p); }
-  static BNEXT_INLINE Pack<Value> values_first(const S* p, std::int64_t count) {
-    return as<Value>(load_first(p, count));
-  }
-
   // `count` packs at p, around one center.
   BNEXT_INLINE void add(const S* p, std::int64_t count, Ones ones) {
     if constexpr (narrow) {
@@ -129,56 +123,51 @@ struct MomentSums : Around<centered> {
                     sum = add_by_multiplying(a + b, ones, sum);
                   },
               total, squares, more_squares);
-      for (; count > 0; --count, p += lanes) add(load_wide(p));
+      for (; count > 0; --count, p += lanes) add_first(p, lanes);
     }
   }
   // The first `count` values of a pack.
   BNEXT_INLINE void add_first(const S* p, std::int64_t count) {
-    if constexpr (sizeof(S) == 2) {
-      Pack<Value> x = values_first(p, count);
-      if constexpr (centered) x = first_lanes_of(x, count, this->center);
-      add(x);
-    } else {
-      by_vector(
-          0,
-          [&](std::int64_t i, f64v& sum, f64v& first) __attribute__((always_inline)) {
-            if (i >= count) return;
-            f64v a = shifted(load_wide_vector_first(p + i, count - i));
-            if constexpr (centered) a = first_lanes_of(a, count - i, f64v{});
-            sum = sum + a;
-            first = square_add(a, first);
-          },
-          total, squares);
-    }
+    by_vectors<some>(
+        0,
+        [&](std::int64_t i, auto& sum, auto& sum_of_squares) __attribute__((always_inline)) {
+          if (i >= count) return;
+          const auto center = center_as<Addends<double, S>>();
+          if (i + vector_length<S> <= count)
+            add_rows(Place<S>{i}, p, 0, 1, center, sum, sum_of_squares);
+          else
+            add_rows(PartialPlace<S>{i, count - i}, p, 0, 1, center, sum, sum_of_squares);
+        },
+        total, squares);
   }
-  // What read(0) to read(count - 1) give of some lanes, around `center`, to the sums of those
+  // The values at a place of `count` rows, `stride` apart, around `center`, to the sums of those
   // lanes.
-  template <class Read, class Center, class Wide>
-  static BNEXT_INLINE void add_lanes(std::int64_t count, Read read, Center center, Wide& sum,
-                                     Wide& sum_of_squares) {
+  template <class P, class Wide>
+  static BNEXT_INLINE void add_rows(P at, const S* row, std::int64_t stride, std::int64_t count,
+                                    Wide center, Wide& sum, Wide& sum_of_squares) {
     std::int64_t k = 0;
+    const auto read = [&](std::int64_t j) __attribute__((always_inline)) {
+      return addends_at<Value>(at, row + (k + j) * stride);
+    };
     if constexpr (narrow) {
-      const auto add = [&](std::int64_t some) __attribute__((always_inline)) {
-        add_narrow(
-            some, [&](std::int64_t j) __attribute__((always_inline)) { return read(k + j); }, sum,
-            sum_of_squares);
-      };
-      for (; k + unit <= count; k += unit) add(unit);
-      if (k < count) add(count - k);
+      for (; k + unit <= count; k += unit) add_narrow(unit, read, sum, sum_of_squares);
+      if (k < count) add_narrow(count - k, read, sum, sum_of_squares);
     } else {
       const auto shifted = [&](std::int64_t j) __attribute__((always_inline)) {
-        if constexpr (centered)
+        if constexpr (!centered)
+          return read(j);
+        else if constexpr (P::whole)
           return read(j) - center;
         else
-          return read(j);
+          return first_lanes_of(read(j) - center, at.count, Wide{});
       };
       for (; k + 2 <= count; k += 2) {
-        const Wide first = shifted(k), second = shifted(k + 1);
+        const Wide first = shifted(0), second = shifted(1);
         sum = sum + (first + second);
         sum_of_squares = square_add(second, square_add(first, sum_of_squares));
       }
       if (k < count) {
-        const Wide last = shifted(k);
+        const Wide last = shifted(0);
         sum = sum + last;
         sum_of_squares = square_add(last, sum_of_squares);
       }
@@ -187,6 +176,18 @@ struct MomentSums : Around<centered> {
   BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(squares + more_squares)}; }
 
  private:
+  // Vectors of sums that a vector of values is added to.
+  static constexpr int some = sizeof(double) / sizeof(Compute<S>);
+
+  template <class Wide>
+  BNEXT_INLINE Wide center_as() const {
+    if constexpr (centered)
+      return Access<Wide>::each(0, [&](std::int64_t) __attribute__((always_inline)) {
+        return first_vector(this->center);
+      });
+    else
+      return Wide();
+  }
   // The floats that read(0) to read(count - 1) give.
   template <class Read, class Wide>
   static BNEXT_INLINE void add_narrow(std::int64_t count, Read read, Wide& sum,
@@ -199,13 +200,6 @@ struct MomentSums : Around<centered> {
     }
     sum = sum + widen(t);
     sum_of_squares = sum_of_squares + widen(s);
-  }
-  BNEXT_INLINE void add(Pack<Value> x) {
-    const auto read = [&](std::int64_t) __attribute__((always_inline)) { return x; };
-    if constexpr (centered)
-      add_lanes(1, read, this->center, total, squares);
-    else
-      add_lanes(1, read, 0, total, squares);
   }
   BNEXT_INLINE f64v shifted(f64v x) const {
     if constexpr (centered) return x - first_vector(this->center);
@@ -1022,15 +1016,8 @@ void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t
         const S* row = x + r * grid.width + columns.first;
         for_each_columns<S>(width, total, squares, [&](auto at, auto& sum, auto& sum_of_squares) {
           if (grid.fetch_rows) fetch(row + count * (width + at.i), count * at.count);
-          const auto middle = load_vectors<Addends<double, S>>(center + at.i);
-          const auto read = [&](std::int64_t k) __attribute__((always_inline)) {
-            const auto v = addends_at<typename Sums::Value>(at, row + k * grid.width);
-            if constexpr (centered && !decltype(at)::whole)
-              return first_lanes_of(v, at.count, middle);
-            else
-              return v;
-          };
-          Sums::add_lanes(count, read, middle, sum, sum_of_squares);
+          Sums::add_rows(at, row, grid.width, count,
+                         load_vectors<Addends<double, S>>(center + at.i), sum, sum_of_squares);
         });
       });
 }
@@ -1079,16 +1066,18 @@ void moments_columns(const Grid& grid, std::int64_t group, std::int64_t chunk, c
         moments_from_shifted(count, centers[c], sums[c], sumsqs[c]);
 }
 
-// Coefficients of each column, one array per field so that loops over columns are vectors. They go
-// on from the first column as far as `write` reaches at once.
+// Coefficients of each column, one array per field so that loops over columns are vectors. Those of
+// rows that follow each other go on from the first column as far as `write` reaches at once.
+template <class S>
+constexpr std::int64_t repeated_columns = Grid::max_group_width + longest_step<S> + lanes;
+
 template <class S>
 struct ColumnAffine {
   using T = Compute<S>;
-  static constexpr std::int64_t more = longest_step<S>,
-                                count = Grid::max_group_width + more + lanes;
-  T mean[count], scale[count], shift[count];
+  T mean[repeated_columns<S>], scale[repeated_columns<S>], shift[repeated_columns<S>];
 
   ColumnAffine(const Grid& grid, const Columns& columns, const Affine<T>* forward) {
+    const std::int64_t more = grid.one_run() ? longest_step<S> : 0;
     const Affine<T>* f = forward + columns.first_channel;
     spread(grid, columns, more, mean, [&](std::int64_t c) { return f[c].mean; });
     spread(grid, columns, more, scale, [&](std::int64_t c) { return f[c].scale; });
@@ -1104,11 +1093,11 @@ struct ColumnAffine {
 template <class S>
 struct ColumnGradAffine {
   using T = Compute<S>;
-  static constexpr std::int64_t more = longest_step<S>,
-                                count = Grid::max_group_width + more + lanes;
-  T g_mean[count], g_scale[count], x_mean[count], x_scale[count], shift[count];
+  T g_mean[repeated_columns<S>], g_scale[repeated_columns<S>], x_mean[repeated_columns<S>],
+      x_scale[repeated_columns<S>], shift[repeated_columns<S>];
 
   ColumnGradAffine(const Grid& grid, const Columns& columns, const GradAffine<T>* backward) {
+    const std::int64_t more = grid.one_run() ? longest_step<S> : 0;
     const GradAffine<T>* k = backward + columns.first_channel;
     spread(grid, columns, more, g_mean, [&](std::int64_t c) { return k[c].g_mean; });
     spread(grid, columns, more, g_scale, [&](std::int64_t c) { return k[c].g_scale; });

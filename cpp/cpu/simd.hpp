@@ -181,9 +181,6 @@ BNEXT_INLINE u16v to_bfloat(f32v a, f32v b) {
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm512_cvtps_pd(_mm256_loadu_ps(p));
 }
-BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
-  return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>(first_lanes(n, 0xFF)), p));
-}
 BNEXT_INLINE f64v widen_low(f32v v) {
   return _mm512_cvtps_pd(_mm512_castps512_ps256(v));
 }
@@ -237,11 +234,6 @@ BNEXT_INLINE u16v to_half(f32v a, f32v b) {
 }
 BNEXT_INLINE f64v load_widened(const float* p) {
   return _mm256_cvtps_pd(_mm_loadu_ps(p));
-}
-BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
-  const int some = n > 4 ? 4 : static_cast<int>(n);
-  return _mm256_cvtps_pd(
-      _mm_maskload_ps(p, _mm_cmpgt_epi32(_mm_set1_epi32(some), _mm_setr_epi32(0, 1, 2, 3))));
 }
 BNEXT_INLINE f64v widen_low(f32v v) {
   return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
@@ -331,15 +323,6 @@ BNEXT_INLINE unsigned mask_of_lanes(V v) {
 }
 BNEXT_INLINE void stream_vector(void* to, u32v v) {
   store_vector(v, to);
-}
-#endif
-
-#if !defined(__AVX2__)
-BNEXT_INLINE f64v load_widened_first(const float* p, std::int64_t n) {
-  float values[sizeof(f64v) / sizeof(double)]{};
-  for (std::int64_t l = 0; l < n && l < std::int64_t{sizeof values / sizeof(float)}; ++l)
-    values[l] = p[l];
-  return load_widened(values);
 }
 #endif
 
@@ -713,14 +696,6 @@ template <int n>
 BNEXT_INLINE Vectors<f64v, 2 * n> widen(Vectors<f32v, n> v) {
   return {widen(v.low), widen(v.high)};
 }
-// Sixteen values from memory, as doubles.
-template <class S>
-BNEXT_INLINE Pack<double> load_wide(const S* p) {
-  return widen(load(p));
-}
-BNEXT_INLINE Pack<double> load_wide(const float* p) {
-  return Access<Pack<double>>::widened(p);
-}
 
 // A vector of doubles, from memory.
 BNEXT_INLINE f64v load_wide_vector(const float* p) {
@@ -728,29 +703,6 @@ BNEXT_INLINE f64v load_wide_vector(const float* p) {
 }
 BNEXT_INLINE f64v load_wide_vector(const double* p) {
   return load_vector<f64v>(p);
-}
-// The first n of it, zero for the rest.
-BNEXT_INLINE f64v load_wide_vector_first(const float* p, std::int64_t n) {
-  return load_widened_first(p, n);
-}
-BNEXT_INLINE f64v load_wide_vector_first(const double* p, std::int64_t n) {
-  return load_vector_first<f64v>(p, n);
-}
-
-// Of another type that is no narrower.
-template <class A, class P>
-BNEXT_INLINE Pack<A> as(P v) {
-  if constexpr (sizeof(P) == sizeof(Pack<A>))
-    return v;
-  else
-    return widen(v);
-}
-template <class A, class S>
-BNEXT_INLINE Pack<A> load_as(const S* p) {
-  if constexpr (sizeof(A) == sizeof(Compute<S>))
-    return load(p);
-  else
-    return load_wide(p);
 }
 
 template <class V>
