@@ -373,13 +373,18 @@ def test_a_stopped_run_resumes_exactly(capsys, spec, kill):
 
     # Nothing is read ahead, and a page is all that is kept: a run that gets far ahead of this test
     # on a busy machine waits for it, and cannot end.
-    process = subprocess.Popen(
-        [*RUN, "train", "--out", "parts", *common],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        pipesize=4096,
-    )
+    # A job in the background of a shell ignores the signal, and what it starts would, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*RUN, "train", "--out", "parts", *common],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            pipesize=4096,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     for line in process.stdout:
         if line.startswith(b"epoch  4/80"):  # that of the third has been kept
             break
