@@ -1171,25 +1171,29 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
 
 // -- results --------------------------------------------------------------------------------------
 
-// `next` is summed on the way: reads of the one tile and writes of the other share memory better
-// than either of them alone would use it, and it hides the time of the sums.
-template <class S, class Tail, class Runs, class Channels, class Tile>
-void apply_runs(const Grid& grid, const Runs& runs, const Channels& channels, const S* x,
-                const Fusion& fusion, S* y, Tile& next) {
+// Writes value(run, coefficients, place, offset of the run) to each place of `to`, of a tile that
+// was last read forwards, with what it goes by asked for again. `next` is summed on the way: reads
+// of the one tile and writes of the other share memory better than either of them alone would use
+// it, and it hides the time of the sums. `much`: as of `write`.
+template <class S, class Tail, bool much, class Runs, class Channels, class Tile, class Value,
+          int inputs>
+BNEXT_INLINE void write_runs(const Grid& grid, const Runs& runs, const Channels& channels,
+                             const S* const (&from)[inputs], const Fusion& fusion, S* to,
+                             Tile& next, Value value) {
   Tail tail(fusion);
   const auto* residual = static_cast<const S*>(fusion.residual);
   for (std::int64_t b = runs.blocks; b-- > 0;) {
     const std::int64_t offset = runs.offset(b), length = runs.length_of(b);
-    const S* from = x + offset;
-    const Ahead<S> ahead = runs.ahead_again(grid, x, b);
+    Ahead<S> ahead[inputs];
+    for (int k = 0; k < inputs; ++k) ahead[k] = runs.ahead_again(grid, from[k], b);
     auto run = tail.run(offset, length, runs.noted(b), runs.ahead_backwards(residual, b));
     auto summed = next.run(runs.blocks - 1 - b);
-    write<!Tail::known, Runs::any_order && !Tail::adds>(
-        y + offset, length, runs.channel_length(b), grid.streaming, channels,
-        [&](const auto& affine, auto at)
-            __attribute__((always_inline)) { return run.value(apply(affine, at(from)), at); },
+    write<much, Runs::any_order && !Tail::adds>(
+        to + offset, length, runs.channel_length(b), grid.streaming, channels,
+        [&](const auto& coefficients, auto at)
+            __attribute__((always_inline)) { return value(run, coefficients, at, offset); },
         [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-          ahead.fetch(from + i, count);
+          for (int k = 0; k < inputs; ++k) ahead[k].fetch(from[k] + offset + i, count);
           run.fetch(i, count);
           run.ready(i, count);
           summed.add_until(i + count);
@@ -1198,6 +1202,15 @@ void apply_runs(const Grid& grid, const Runs& runs, const Channels& channels, co
     summed.finish();
   }
   next.add_blocks_from(runs.blocks);
+}
+
+template <class S, class Tail, class Runs, class Channels, class Tile>
+void apply_runs(const Grid& grid, const Runs& runs, const Channels& channels, const S* x,
+                const Fusion& fusion, S* y, Tile& next) {
+  write_runs<S, Tail, !Tail::known>(
+      grid, runs, channels, {x}, fusion, y, next,
+      [&](auto& run, const auto& affine, auto at, std::int64_t offset)
+          __attribute__((always_inline)) { return run.value(apply(affine, at(x + offset)), at); });
 }
 
 template <class S, class Tail, class Tile>
@@ -1218,45 +1231,21 @@ void apply_columns(const Grid& grid, const ColumnRuns& runs, const S* x,
                       x, fusion, y, none);
 }
 
-// Writes a gradient that is a result of its own on the way to another.
-template <class S, class V, class P>
-BNEXT_INLINE void write_also(S* to, V v, P at) {
-  if (to != nullptr) at.write(v, to);
-}
-
 template <class S, class Tail, class Runs, class Channels, class Tile>
 void apply_grad_runs(const Grid& grid, const Runs& runs, const Channels& channels, const S* grad_y,
                      const S* x, const Fusion& fusion, S* grad_x, S* grad_residual, Tile& next) {
-  Tail tail(fusion);
-  const auto* residual = static_cast<const S*>(fusion.residual);
-  for (std::int64_t b = runs.blocks; b-- > 0;) {
-    const std::int64_t offset = runs.offset(b), length = runs.length_of(b);
-    const S *g = grad_y + offset, *values = x + offset;
-    S* const also = grad_residual == nullptr ? nullptr : grad_residual + offset;
-    const Ahead<S> ahead_g = runs.ahead_again(grid, grad_y, b);
-    const Ahead<S> ahead_x = runs.ahead_again(grid, x, b);
-    auto run = tail.run(offset, length, runs.noted(b), runs.ahead_backwards(residual, b));
-    auto summed = next.run(runs.blocks - 1 - b);
-    write<!Tail::known || Tail::adds, Runs::any_order && !Tail::adds>(
-        grad_x + offset, length, runs.channel_length(b), grid.streaming, channels,
-        [&](const auto& affine, auto at) __attribute__((always_inline)) {
-          const auto v = run.input(at(values));
-          const auto through = run.gradient(
-              at(g), at, [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
-          if constexpr (Tail::adds) write_also(also, through, at);
-          return apply(affine.backward, through, v);
-        },
-        [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-          ahead_g.fetch(g + i, count);
-          ahead_x.fetch(values + i, count);
-          run.fetch(i, count);
-          run.ready(i, count);
-          summed.add_until(i + count);
-        });
-    run.finish();
-    summed.finish();
-  }
-  next.add_blocks_from(runs.blocks);
+  write_runs<S, Tail, !Tail::known || Tail::adds>(
+      grid, runs, channels, {grad_y, x}, fusion, grad_x, next,
+      [&](auto& run, const auto& affine, auto at, std::int64_t offset)
+          __attribute__((always_inline)) {
+            const auto v = run.input(at(x + offset));
+            const auto through = run.gradient(
+                at(grad_y + offset), at,
+                [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
+            if constexpr (Tail::adds)
+              if (grad_residual != nullptr) at.write(through, grad_residual + offset);
+            return apply(affine.backward, through, v);
+          });
 }
 
 template <class S, class Tail, class Tile>
