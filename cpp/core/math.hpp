@@ -168,7 +168,7 @@ struct relu {
   static constexpr bool linear = false, gated = true, cheap = true;
   template <class X, class T>
   BNEXT_HD static X value(X z, T) {
-    return z <= X{} ? X{} : z;
+    return X{} > z ? X{} : z;
   }
   template <class X, class T>
   BNEXT_HD static X gradient(X g, X z, T) {

@@ -550,7 +550,7 @@ class MomentTile {
 
   // Around `centers`, or, if that is null and a center is needed, around the first value.
   MomentTile(const Grid& grid, const Runs& runs, const S* x, const double* centers)
-      : grid_(grid), runs_(runs), x_(x), ones_(ones_not_known_to_the_compiler()) {
+      : grid_(grid), runs_(runs), x_(x), ones_(unknown_ones()) {
     for (std::int64_t c = 0; c < runs_.channels; ++c) {
       centers_[c] = 0;
       if constexpr (centered) {
@@ -695,7 +695,7 @@ class GradTile {
         x_(x),
         residual_(static_cast<const S*>(fusion.residual)),
         forward_(forward + runs.first_channel),
-        ones_(ones_not_known_to_the_compiler()),
+        ones_(unknown_ones()),
         tail_(fusion) {
     for (std::int64_t c = 0; c < runs_.channels; ++c)
       sums_[c] = Sums(origin[runs.first_channel + c]);
@@ -800,8 +800,8 @@ class GradTile {
     const std::int64_t rest = count % lanes, last = i + count - rest;
     sums.add(
         count / lanes,
-        [&](std::int64_t k) __attribute__((always_inline)) { return gradient(Place<S>{i + k}); },
-        [&](std::int64_t k) __attribute__((always_inline)) { return value(Place<S>{i + k}); },
+        [&](std::int64_t k) __attribute__((always_inline)) { return gradient(Place<S>{i + k, k}); },
+        [&](std::int64_t k) __attribute__((always_inline)) { return value(Place<S>{i + k, k}); },
         ones);
     if (rest == 0) return;
     const auto place = [&](std::int64_t k) __attribute__((always_inline)) {

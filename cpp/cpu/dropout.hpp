@@ -72,30 +72,48 @@ class MaskBits {
   // The bits of the batch that `element` is in.
   BNEXT_INLINE const std::uint8_t* of(std::int64_t element) {
     const std::int64_t number = element / batch;
-    if (number != number_) make(number);
-    return reinterpret_cast<const std::uint8_t*>(kept_);
+    if (number != number_) {
+      make(number, kept_);
+      number_ = number;
+    }
+    return kept_;
+  }
+  // Copies the bits from that of `element` on, up to the end of its batch or that of `end`, to the
+  // place of its byte. How many there were.
+  BNEXT_INLINE std::int64_t put(std::int64_t element, std::int64_t end, std::uint8_t* to) {
+    const std::int64_t begin = element % batch, rest = batch - begin;
+    const std::int64_t count = end - element < rest ? end - element : rest;
+    if (count == batch)
+      make(element / batch, to);
+    else
+      __builtin_memcpy(to, of(element) + begin / 8,
+                       static_cast<std::size_t>((begin % 8 + count + 7) / 8));
+    return count;
   }
 
  private:
   static constexpr int wide = vector_bytes / 8;  // words of one vector, in lanes of 64 bits
   static constexpr int words = batch / mask_word_size;
 
-  __attribute__((noinline)) void make(std::int64_t number) {
-    number_ = number;
+  // The bits of a batch.
+  __attribute__((noinline)) void make(std::int64_t number, std::uint8_t* kept) {
     const auto first = static_cast<std::uint64_t>(number * words);
     if (all_)
-      __builtin_memset(kept_, 0, sizeof kept_);
+      __builtin_memset(kept, 0, batch / 8);
     else if (threshold_ << mask_draw_bits == 0)
-      make_words<1>(first);
+      make_words<1>(first, kept);
     else
-      make_words<2>(first);
-    if (threshold_ << 2 * mask_draw_bits != 0) settle(first);
+      make_words<2>(first, kept);
+    if (threshold_ << 2 * mask_draw_bits != 0) settle(first, kept);
   }
 
   // By the first `draws` draws; what they leave undecided is kept.
   template <int draws>
-  BNEXT_INLINE void make_words(std::uint64_t first) {
+  BNEXT_INLINE void make_words(std::uint64_t first, std::uint8_t* to) {
     constexpr int together = words < 2 * wide ? 1 : 2;  // vectors
+    // Else compilers fetch all keys before they know how many draws there are, and put them aside.
+    const PhiloxKeys* keys = &keys_;
+    __asm__("" : "+r"(keys));
     u64v lane;
     for (int l = 0; l < wide; ++l) lane[l] = static_cast<std::uint64_t>(l);
 #pragma GCC unroll 1
@@ -106,7 +124,7 @@ class MaskBits {
         random.word[0][c] = lane + (first + static_cast<std::uint64_t>(w + c / draws * wide));
         high[c] = mask_counter_high(first, c % draws);
       }
-      philox_vectors(random, high, offset_, keys_);
+      philox_vectors(random, high, offset_, *keys);
 #pragma GCC unroll 2
       for (int v = 0; v < together; ++v) {
         u64v kept{}, undecided = ~kept;
@@ -116,14 +134,15 @@ class MaskBits {
           for (int k = 0; k < mask_draw_bits; ++k) bits[k] = random.word[k][v * draws + d];
           decide(kept, undecided, bits, threshold_ << d * mask_draw_bits);
         }
-        store_vector(__builtin_convertvector(kept | undecided, half_u32v), kept_ + w + v * wide);
+        store_vector(__builtin_convertvector(kept | undecided, half_u32v),
+                     to + (w + v * wide) * sizeof(std::uint32_t));
         store_vector(undecided, undecided_ + w + v * wide);
       }
     }
   }
 
   // What two draws leave undecided: in one word of nine.
-  __attribute__((noinline)) void settle(std::uint64_t first) {
+  __attribute__((noinline)) void settle(std::uint64_t first, std::uint8_t* to) {
     int list[words], count = 0;
     for (int w = 0; w < words; ++w) {
       list[count] = w;
@@ -149,7 +168,10 @@ class MaskBits {
       kept |= undecided;
       for (int l = 0; l < wide && start + l < count; ++l) {
         const int w = list[start + l];
-        kept_[w] &= static_cast<std::uint32_t>(~undecided_[w] | kept[l]);
+        std::uint32_t word;
+        __builtin_memcpy(&word, to + w * sizeof word, sizeof word);
+        word &= static_cast<std::uint32_t>(~undecided_[w] | kept[l]);
+        __builtin_memcpy(to + w * sizeof word, &word, sizeof word);
       }
     }
   }
@@ -159,8 +181,8 @@ class MaskBits {
   bool all_;  // are dropped
   std::uint32_t threshold_;
   std::int64_t number_ = -1;
-  alignas(64) std::uint32_t kept_[words + 1];   // Bits reads on
-  alignas(64) std::uint64_t undecided_[words];  // in the low halves
+  alignas(64) std::uint8_t kept_[batch / 8 + 4];  // Bits reads on
+  alignas(64) std::uint64_t undecided_[words];    // in the low halves
 };
 
 // The bits of elements that share them.

@@ -14,17 +14,30 @@ namespace {
 // The longest run of values that a tile takes in one go.
 constexpr std::int64_t longest_run = 16384;
 
+// ReLU as a maximum, of a zero that is unknown: of a known one, compilers make two instructions.
+struct positive_part : epilogue::relu {
+  template <class X, class T>
+  static BNEXT_INLINE X value(X z, T zero) {
+    const X least = zero - X{};
+    return least > z ? least : z;
+  }
+};
+
 // ReLU and ReLU6 in the same loops: without a limit it is NaN, which nothing is above.
+template <class T>
+struct Bounds {
+  T zero, limit;
+};
 struct clip {
   static constexpr bool linear = false;
   template <class X, class T>
-  static BNEXT_INLINE X value(X z, T limit) {
-    const X positive = epilogue::relu::value(z, limit), most = X{} + limit;
+  static BNEXT_INLINE X value(X z, Bounds<T> by) {
+    const X positive = positive_part::value(z, by.zero), most = by.limit - X{};
     return most < positive ? most : positive;
   }
   template <class X, class T>
-  static BNEXT_INLINE X gradient(X g, X z, T limit) {
-    return z >= X{} + limit ? X{} : epilogue::relu::gradient(g, z, limit);
+  static BNEXT_INLINE X gradient(X g, X z, Bounds<T> by) {
+    return z >= by.limit - X{} ? X{} : epilogue::relu::gradient(g, z, by.zero);
   }
 };
 
@@ -38,13 +51,14 @@ class Plain {
   static constexpr bool linear = Epilogue::linear, plain = true, adds = false, known = true;
 
   explicit Plain(const Fusion& f)
-      : limit_(f.activation == Activation::relu6 ? T(6) : static_cast<T>(__builtin_nan(""))) {}
+      : bounds_{unknown(T(0)),
+                f.activation == Activation::relu6 ? T(6) : static_cast<T>(__builtin_nan(""))} {}
 
   // A run of `length` values, the first of which is element `first`; `noted`: at which byte of all
   // the first pass notes its bits for the second; `ahead`: of the residual.
   struct Run {
     static constexpr bool invertible = false;
-    T limit;
+    Bounds<T> bounds;
 
     template <class V>
     BNEXT_INLINE V input(V x) const {
@@ -55,18 +69,18 @@ class Plain {
     BNEXT_INLINE void fetch(std::int64_t, std::int64_t) const {}
     template <class V, class P>
     BNEXT_INLINE V value(V z, P) {
-      return Epilogue::value(z, limit);
+      return Epilogue::value(z, bounds);
     }
     template <class V, class P, class Normalised>
     BNEXT_INLINE V gradient(V g, P, Normalised normalised) const {
-      return Epilogue::gradient(g, normalised(), limit);
+      return Epilogue::gradient(g, normalised(), bounds);
     }
   };
-  BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead<S>) { return {limit_}; }
+  BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead<S>) { return {bounds_}; }
   double scale_of_sums() const { return 1; }
 
  private:
-  T limit_;
+  Bounds<T> bounds_;
 };
 
 // Epilogues that are not cheap have one copy of their code.
@@ -88,8 +102,8 @@ enum class Mask { drawn, drawn_and_noted, noted };
 struct Unknown {
   static constexpr bool known = false, residual = false, dropping = false;
 };
-// or a cheap activation, whether there is a residual, of which backward has the bits that passed,
-// and dropout. Nothing is inverted.
+// or an activation that needs no more than a zero, whether there is a residual, of which backward
+// has the bits that passed, and dropout. Nothing is inverted.
 template <class Epilogue_, bool residual_, bool dropping_>
 struct Known {
   using Epilogue = Epilogue_;
@@ -107,7 +121,7 @@ class General {
   explicit General(const Fusion& f)
       : fusion_(f),
         residual_(static_cast<const S*>(f.residual)),
-        slope_(static_cast<T>(f.negative_slope)),
+        slope_(Knowledge::known ? unknown(T(0)) : static_cast<T>(f.negative_slope)),
         dropping_(f.dropout.threshold > 0),
         recording_(mask == Mask::drawn && f.passes != nullptr),
         scale_(static_cast<T>(f.dropout.scale)),
@@ -249,22 +263,20 @@ class General {
       return body(epilogue::none());
     }
 
-    // The bits of the elements from drawn_ to the end of its batch, to where this run has them.
+    // Bits from those of element drawn_ on, to where this run has them.
     BNEXT_INLINE void draw() {
       auto* to = const_cast<std::uint8_t*>(kept_.bytes) + (drawn_ - first_ + first_ % 8) / 8;
       drawn_ += draw_bits(of_.bits_, drawn_, end_, to);
     }
-    // Not of this object either. How many there were.
+    // Of some batches: a call has to put aside what loops have in registers. Not of this object
+    // either. How many there were.
     __attribute__((noinline)) static std::int64_t draw_bits(FusedBits& bits, std::int64_t first,
                                                             std::int64_t end, std::uint8_t* to) {
-      const std::int64_t begin = first % FusedBits::batch, rest = FusedBits::batch - begin;
-      const std::uint8_t* from = bits.of(first) + begin / 8;
-      const std::int64_t count = end - first < rest ? end - first : rest;
-      if (count == FusedBits::batch)
-        __builtin_memcpy(to, from, FusedBits::batch / 8);
-      else
-        __builtin_memcpy(to, from, static_cast<std::size_t>((begin % 8 + count + 7) / 8));
-      return count;
+      constexpr std::int64_t batches = 4;
+      std::int64_t drawn = 0;
+      for (int k = 0; k < batches && first + drawn < end; ++k)
+        drawn += bits.put(first + drawn, end, to + (first % 8 + drawn) / 8);
+      return drawn;
     }
 
     template <class P>

@@ -552,14 +552,19 @@ BNEXT_INLINE Vectors<V, n> multiply_add(Vectors<V, n> a, Vectors<V, n> b, Vector
   return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
 }
 
+// The same value, unknown to the compiler.
+template <class T>
+BNEXT_INLINE T unknown(T value) {
+#if defined(__SSE2__)
+  __asm__("" : "+x"(value));
+#endif
+  return value;
+}
+
 // a + b, by units that multiply, which have nothing to do where those that add have too much.
 using Ones = f64v;
-BNEXT_INLINE Ones ones_not_known_to_the_compiler() {
-  f64v one = 1.0 - f64v{};
-#if defined(__SSE2__)
-  __asm__("" : "+x"(one));
-#endif
-  return one;
+BNEXT_INLINE Ones unknown_ones() {
+  return unknown(1.0 - f64v{});
 }
 BNEXT_INLINE f64v add_by_multiplying(f64v a, Ones ones, f64v b) {
 #if defined(__AVX2__)
@@ -752,19 +757,23 @@ struct Bits {
     every_other_to_sign = to_sign - lane;
   }
   // a for the elements of a whole vector whose bit is set, b for the others: a lane takes its bit
-  // as its sign where no mask of lanes is to be had.
+  // as its sign where no mask of lanes is to be had. `step`: of Place.
   template <class V>
-  BNEXT_INLINE V select(std::int64_t i, V a, V b) const {
+  BNEXT_INLINE V select(std::int64_t i, std::int64_t step, V a, V b) const {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    if constexpr (sizeof a[0] == 4) return select_by_sign(i, to_sign, a, b);
+    if constexpr (sizeof a[0] == 4) return select_by_sign(i, step, to_sign, a, b);
+#else
+    (void)step;
 #endif
     return select_lanes(at(i), a, b);
   }
   // The same for every other element, from the first or the second on.
-  BNEXT_INLINE f32v select_every_other(std::int64_t i, bool second, f32v a, f32v b) const {
+  BNEXT_INLINE f32v select_every_other(std::int64_t i, std::int64_t step, bool second, f32v a,
+                                       f32v b) const {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    return select_by_sign(i, second ? every_other_to_sign - 1 : every_other_to_sign, a, b);
+    return select_by_sign(i, step, second ? every_other_to_sign - 1 : every_other_to_sign, a, b);
 #else
+    (void)step;
     u32v bit;
     for (int l = 0; l < vector_bytes / 4; ++l) bit[l] = (second ? 2u : 1u) << 2 * l;
     return (bit & at(i)) != 0 ? a : b;
@@ -773,14 +782,17 @@ struct Bits {
 
  private:
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  BNEXT_INLINE f32v select_by_sign(std::int64_t i, u32v shifts, f32v a, f32v b) const {
-    const auto word = _mm256_set1_epi32(static_cast<int>(word_at(i)));
+  BNEXT_INLINE f32v select_by_sign(std::int64_t i, std::int64_t step, u32v shifts, f32v a,
+                                   f32v b) const {
+    const auto word = _mm256_set1_epi32(static_cast<int>(word_at(i - step, step)));
     return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_sllv_epi32(word, (__m256i)shifts)));
   }
 #endif
-  BNEXT_INLINE std::uint32_t word_at(std::int64_t i) const {
+  // Some whole bytes after element i.
+  BNEXT_INLINE std::uint32_t word_at(std::int64_t i, std::int64_t step = 0) const {
     std::uint32_t word;
-    __builtin_memcpy(&word, bytes + static_cast<std::uint64_t>(first + i) / 8, sizeof word);
+    __builtin_memcpy(&word, bytes + static_cast<std::uint64_t>(first + i) / 8 + step / 8,
+                     sizeof word);
     return word;
   }
 };
@@ -830,28 +842,34 @@ struct Place {
   static constexpr bool whole = true;
   static constexpr std::int64_t count = vector_length<S>;
   std::int64_t i;
+  // How much of i the compiler knows, where loops are unrolled.
+  std::int64_t step = 0;
 
+  BNEXT_INLINE void go_on(std::int64_t elements) {
+    i += elements;
+    step += elements;
+  }
   template <class E>
   BNEXT_INLINE Vector<E> operator()(const E* row) const {
     return load_values(row + i);
   }
   BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const { store_values(v, row + i); }
   BNEXT_INLINE Vector<S> select(const Bits& bits, Vector<S> a, Vector<S> b) const {
-    return bits.select(i, a, b);
+    return bits.select(i, step, a, b);
   }
 };
 // Every other one of twice as many elements, from the first or the second on.
 template <class S>
 struct EveryOtherPlace {
   static constexpr std::int64_t count = vector_length<S>;
-  std::int64_t i;
+  std::int64_t i, step;
   bool second;
 
   BNEXT_INLINE Vector<S> operator()(const S* row) const {
     return Storage<S>::decode_every_other(load_vector<u16v>(row + i), second);
   }
   BNEXT_INLINE Vector<S> select(const Bits& bits, Vector<S> a, Vector<S> b) const {
-    return bits.select_every_other(i, second, a, b);
+    return bits.select_every_other(i, step, second, a, b);
   }
 };
 template <class S>
@@ -961,12 +979,13 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
     };
     u32v bits;
     if constexpr (any_order && Storage<S>::alternates)
-      bits = Storage<S>::encode_alternating(value_at(EveryOtherPlace<S>{place.i, false}),
-                                            value_at(EveryOtherPlace<S>{place.i, true}));
+      bits =
+          Storage<S>::encode_alternating(value_at(EveryOtherPlace<S>{place.i, place.step, false}),
+                                         value_at(EveryOtherPlace<S>{place.i, place.step, true}));
     else
       bits = Storage<S>::encode_whole([&](std::int64_t k) __attribute__((always_inline)) {
         auto at = place;
-        at.i += k;
+        at.go_on(k);
         return value_at(at);
       });
     if (past_caches)
@@ -990,12 +1009,12 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
       for (; i + streamed_block <= end; i += streamed_block)
 #pragma GCC unroll 8
         for (std::int64_t at = 0; at < streamed_block; at += whole_length)
-          write_whole(coefficients, Place<S>{i + at}, true);
+          write_whole(coefficients, Place<S>{i + at, at}, true);
     else
       for (; i + block <= end; i += block)
 #pragma GCC unroll 8
         for (std::int64_t at = 0; at < block; at += whole_length)
-          write_whole(coefficients, Place<S>{i + at}, false);
+          write_whole(coefficients, Place<S>{i + at, at}, false);
     return i;
   };
 

@@ -23,7 +23,7 @@ struct Table {
   using Clip = typename Choice<worth_it, Plain<S, clip>, Any<mask>>::type;
   template <Mask mask, bool residual>
   using ReluAnd =
-      typename Choice<worth_it, General<S, mask, Known<epilogue::relu, residual, !residual>>,
+      typename Choice<worth_it, General<S, mask, Known<positive_part, residual, !residual>>,
                       Any<mask>>::type;
   template <Mask mask>
   using Dropout = ReluAnd<mask, false>;
