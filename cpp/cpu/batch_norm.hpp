@@ -234,8 +234,9 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
   BNEXT_INLINE void add(std::int64_t count, Gradient gradient, Value value, Ones ones) {
     by_vectors<some>(
         0,
-        [&](std::int64_t i, auto& sum, auto& sum_of_products,
-            auto& more) __attribute__((always_inline)) {
+        [&](std::int64_t i, auto& total_lanes, auto& product_lanes,
+            auto& more_lanes) __attribute__((always_inline)) {
+          auto sum = total_lanes, sum_of_products = product_lanes, more = more_lanes;
           const auto center = center_as<decltype(gradient(i))>();
           const auto gradient_of = [&](std::int64_t k) __attribute__((always_inline)) {
             return gradient(i + k * lanes);
@@ -258,6 +259,12 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
                   [&](std::int64_t) __attribute__((always_inline)) { return value_of(k); }, center,
                   sum, sum_of_products);
           }
+          total_lanes = sum;
+          product_lanes = sum_of_products;
+          more_lanes = more;
+          // Those of other lanes are not to take their registers.
+          if constexpr (!many_registers)
+            __asm__("" : "+m"(total_lanes), "+m"(product_lanes), "+m"(more_lanes));
         },
         total, products, more_products);
   }
