@@ -564,7 +564,7 @@ BNEXT_INLINE T unknown(T value) {
 // a + b, by units that multiply, which have nothing to do where those that add have too much.
 using Ones = f64v;
 BNEXT_INLINE Ones unknown_ones() {
-  return unknown(1.0 - f64v{});
+  return unknown(1.0) - f64v{};
 }
 BNEXT_INLINE f64v add_by_multiplying(f64v a, Ones ones, f64v b) {
 #if defined(__AVX2__)

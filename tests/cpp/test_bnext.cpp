@@ -377,6 +377,17 @@ int main(int argc, char** argv) {
     bnext::set_backend(bnext::backends().front().name);
     return failures ? 1 : 0;
   }
+  if (argc == 2 && std::strcmp(argv[1], "--expect-wrong-cache-size") == 0) {
+    float value = 1;
+    for (const bnext::BackendInfo& backend : bnext::backends())
+      if (backend.available) {
+        bnext::set_backend(backend.name);
+        check_throws<std::invalid_argument>("BNEXT_CACHE_BYTES: expected bytes, got '32M'", [&] {
+          bnext::dropout_forward({{&value, {1}}, 0.5, {&value, {1}}}, {1, 2});
+        });
+      }
+    return failures ? 1 : 0;
+  }
   // bnext_test [BACKEND [--small]]: of one backend alone, and without what takes many launches, as
   // tools that watch every access need it.
   const std::string only = argc > 1 ? argv[1] : "";
