@@ -2,7 +2,7 @@
 
 An inline function or template that an AVX-512 object file offers as a weak symbol may be the copy
 that the linker keeps for everybody, and then kills older processors. So the only symbol that an
-object file of an instruction set may define for others is its table, `bnext::backend_<id>`, and
+object file of an instruction set may define for others is its table, `bnext::kernels_<id>`, and
 nothing in it may run when the program loads.
 
     python tools/check_isa_symbols.py build/release/libbnext.a
@@ -25,7 +25,7 @@ def main(library: str) -> int:
         kind, _, name = symbol.lstrip("0123456789abcdef").strip().partition(" ")
         if "_GLOBAL__sub_I" in name:
             leaks.append(f"{location} runs {name} at load")
-        elif re.fullmatch(r"bnext::backend_\w+", name):
+        elif re.fullmatch(r"bnext::kernels_\w+", name):
             tables.append(name)
         elif kind in "uvw" or kind.isupper():
             leaks.append(f"{location} defines {kind} {name}")

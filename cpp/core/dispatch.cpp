@@ -6,26 +6,41 @@
 #include <vector>
 
 #include "bnext/runtime.hpp"
+#include "cpu/launch.hpp"
 #include "cuda/backend.hpp"
 
 namespace bnext {
 
-// One row per instruction set, worst first: BNEXT_ISA(id, condition). CMake writes the file.
-#define BNEXT_ISA(id, condition) extern const Backend backend_##id;
+// One row per instruction set, worst first: BNEXT_ISA(id, name, condition). CMake writes the file.
+#define BNEXT_ISA(id, name, condition) extern const IsaKernels kernels_##id;
 #include "bnext_isas.inc"
 #undef BNEXT_ISA
 
 namespace {
 
+template <const IsaKernels& kernels, class S, class Args>
+void run(const Args& args) {
+  launch(args, static_cast<const Kernels<S>&>(kernels));
+}
+
+#define BNEXT_LAUNCHER(name, type, compute) run<kernels, type>,
+#define BNEXT_ROW(op, args) {BNEXT_DTYPES(BNEXT_LAUNCHER)},
+template <const IsaKernels& kernels>
+Backend backend_with(const char* name) {
+  return {name, DeviceKind::cpu, BNEXT_OPS(BNEXT_ROW)};
+}
+#undef BNEXT_ROW
+#undef BNEXT_LAUNCHER
+
 struct Row {
-  const Backend* backend;
+  Backend backend;
   bool available;
 };
 
 // The questions to the processor are asked here, by code that every processor can run.
 const std::vector<Row>& rows() {
   static const std::vector<Row> list{
-#define BNEXT_ISA(id, condition) {&backend_##id, condition},
+#define BNEXT_ISA(id, name, condition) {backend_with<kernels_##id>(name), condition},
 #include "bnext_isas.inc"
 #undef BNEXT_ISA
   };
@@ -35,7 +50,7 @@ const std::vector<Row>& rows() {
 const Backend* best() {
   const Backend* found = nullptr;
   for (const Row& row : rows())
-    if (row.available) found = row.backend;
+    if (row.available) found = &row.backend;
   return found;
 }
 
@@ -47,8 +62,8 @@ const Backend* find(const std::string& name) {
   std::string names;
   for (const Row& row : rows()) {
     if (!row.available) continue;
-    if (name == row.backend->name) return row.backend;
-    names += (names.empty() ? "" : ", ") + std::string(row.backend->name);
+    if (name == row.backend.name) return &row.backend;
+    names += (names.empty() ? "" : ", ") + std::string(row.backend.name);
   }
   std::string why;
   if (name == backend_cuda.name) {
@@ -83,7 +98,7 @@ const Backend& backend_for(const Device& device) {
 
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> list;
-  for (const Row& row : rows()) list.push_back({row.backend->name, row.available});
+  for (const Row& row : rows()) list.push_back({row.backend.name, row.available});
   list.push_back({backend_cuda.name, cuda_available()});
   return list;
 }

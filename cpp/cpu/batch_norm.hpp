@@ -485,7 +485,7 @@ struct AroundBegin {
 
   template <class P>
   BNEXT_INLINE auto operator()(P at) const {
-    return lanes_of_two(before, begin - at.i, after);
+    return lanes_of_two(before, at.lanes_before(begin), after);
   }
 };
 
@@ -997,17 +997,39 @@ BNEXT_INLINE void for_each_rows(const Grid& grid, const Columns& columns, std::i
   if (short_end) body(end - 1, 1, row_width(grid, columns, end - 1));
 }
 
-// Calls add(at, first, second) with a vector of columns after the other, and their sums.
-template <class S, class Add>
-BNEXT_INLINE void for_each_columns(std::int64_t width, double* first, double* second, Add add) {
+// Calls add(at, k, rows, first, second) with vectors of columns, `rows` rows of them from row k on
+// of `count`, and their sums; before(w, columns) once for all rows. `together`: sixteen columns at
+// once and `unit` rows after the other, so that additions wait less for each other, and lines that
+// the rows have in the same set of a cache are read once.
+template <class S, std::int64_t unit, bool together, class Before, class Add>
+BNEXT_INLINE void for_each_columns(std::int64_t width, std::int64_t count, double* first,
+                                   double* second, Before before, Add add) {
+  std::int64_t w = 0;
+  if constexpr (together)
+    for (; w + lanes <= width; w += lanes) {
+      before(w, lanes);
+      auto a = load_vectors<Pack<double>>(first + w), b = load_vectors<Pack<double>>(second + w);
+      const auto add_rows = [&](std::int64_t k, std::int64_t rows) __attribute__((always_inline)) {
+        by_vectors<sizeof(double) / sizeof(Compute<S>)>(
+            w,
+            [&](std::int64_t i, auto& some, auto& others)
+                __attribute__((always_inline)) { add(Place<S>{i}, k, rows, some, others); },
+            a, b);
+      };
+      std::int64_t k = 0;
+      for (; k + unit <= count; k += unit) add_rows(k, unit);
+      if (k < count) add_rows(k, count - k);
+      store(a, first + w);
+      store(b, second + w);
+    }
   using Wide = Addends<double, S>;
   const auto add_at = [&](auto at) __attribute__((always_inline)) {
+    before(at.i, at.count);
     auto a = load_vectors<Wide>(first + at.i), b = load_vectors<Wide>(second + at.i);
-    add(at, a, b);
+    add(at, 0, count, a, b);
     Access<Wide>::store(a, first + at.i);
     Access<Wide>::store(b, second + at.i);
   };
-  std::int64_t w = 0;
   for (; w + vector_length<S> <= width; w += vector_length<S>) add_at(Place<S>{w});
   if (w < width) add_at(PartialPlace<S>{w, width - w});
 }
@@ -1021,11 +1043,16 @@ void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t
   for_each_rows<row_block>(
       grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
         const S* row = x + r * grid.width + columns.first;
-        for_each_columns<S>(width, total, squares, [&](auto at, auto& sum, auto& sum_of_squares) {
-          if (grid.fetch_rows) fetch(row + count * (width + at.i), count * at.count);
-          Sums::add_rows(at, row, grid.width, count,
-                         load_vectors<Addends<double, S>>(center + at.i), sum, sum_of_squares);
-        });
+        for_each_columns<S, Sums::unit, !compact && !centered>(
+            width, count, total, squares,
+            [&](std::int64_t w, std::int64_t some) {
+              if (grid.fetch_rows) fetch(row + count * (width + w), count * some);
+            },
+            [&](auto at, std::int64_t k, std::int64_t rows, auto& sum,
+                auto& sum_of_squares) __attribute__((always_inline)) {
+              Sums::add_rows(at, row + k * grid.width, grid.width, rows,
+                             load_vectors<Addends<double, S>>(center + at.i), sum, sum_of_squares);
+            });
       });
 }
 
@@ -1151,22 +1178,30 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
         };
         typename Tail::Run runs[own] = {run_of(0), run_of(1), run_of(2), run_of(3)};
         for (std::int64_t k = 0; k < count && k < own; ++k) runs[k].ready(0, width);
-        for_each_columns<S>(width, total, products, [&](auto at, auto& sum, auto& sum_of_products) {
-          if (grid.fetch_rows) {
-            fetch(g + count * (width + at.i), count * at.count);
-            fetch(values + count * (width + at.i), count * at.count);
-          }
-          const auto coefficients = [&](auto) __attribute__((always_inline)) { return f(at); };
-          const auto middle = load_vectors<Addends<Addend, S>>(origins + at.i);
-          const auto gradient = [&](std::int64_t k) __attribute__((always_inline)) {
-            return gradient_addends<Addend, Tail>(at, runs[Tail::plain ? 0 : k], g + k * grid.width,
-                                                  values + k * grid.width, coefficients);
-          };
-          const auto value = [&](std::int64_t k) __attribute__((always_inline)) {
-            return value_addends<Addend>(at, runs[Tail::plain ? 0 : k], values + k * grid.width);
-          };
-          Sums::add_lanes(count, gradient, value, middle, sum, sum_of_products);
-        });
+        for_each_columns<S, Sums::unit, !compact && Tail::plain>(
+            width, count, total, products,
+            [&](std::int64_t w, std::int64_t some) {
+              if (!grid.fetch_rows) return;
+              fetch(g + count * (width + w), count * some);
+              fetch(values + count * (width + w), count * some);
+            },
+            [&](auto at, std::int64_t first_row, std::int64_t rows, auto& sum,
+                auto& sum_of_products) __attribute__((always_inline)) {
+              const auto coefficients = [&](auto) __attribute__((always_inline)) { return f(at); };
+              const auto middle = load_vectors<Addends<Addend, S>>(origins + at.i);
+              const auto gradient = [&](std::int64_t row) __attribute__((always_inline)) {
+                const std::int64_t k = first_row + row;
+                return gradient_addends<Addend, Tail>(at, runs[Tail::plain ? 0 : k],
+                                                      g + k * grid.width, values + k * grid.width,
+                                                      coefficients);
+              };
+              const auto value = [&](std::int64_t row) __attribute__((always_inline)) {
+                const std::int64_t k = first_row + row;
+                return value_addends<Addend>(at, runs[Tail::plain ? 0 : k],
+                                             values + k * grid.width);
+              };
+              Sums::add_lanes(rows, gradient, value, middle, sum, sum_of_products);
+            });
       });
   gather(grid, columns, total, sums_g);
   gather(grid, columns, products, sums_gx);

@@ -54,6 +54,13 @@ struct Kernels {
   void (*dropout)(const DropoutArgs&, std::int64_t first, std::int64_t end, bool streaming);
 };
 
+// Those of one instruction set, for all dtypes. (The first is for the comma after it.)
+template <class, class... S>
+struct KernelsFor : Kernels<S>... {};
+#define BNEXT_AND_TYPE(name, type, compute) , type
+using IsaKernels = KernelsFor<void BNEXT_DTYPES(BNEXT_AND_TYPE)>;
+#undef BNEXT_AND_TYPE
+
 template <class S>
 void launch(const BatchNormForwardArgs&, const Kernels<S>&);
 template <class S>

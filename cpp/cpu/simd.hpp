@@ -501,13 +501,12 @@ BNEXT_INLINE V select_lanes(std::uint32_t mask, V a, V b) {
 // The first n lanes of v, those of `rest` after them.
 template <class V>
 BNEXT_INLINE V first_lanes_of(V v, std::int64_t n, V rest) {
-  const auto some = static_cast<int>(n < 0 ? 0 : n > 16 ? 16 : n);
 #if defined(__AVX512F__)
-  return select_lanes((1u << some) - 1, v, rest);
+  return select_lanes((1u << (n < 0 ? 0 : n > 16 ? 16 : n)) - 1, v, rest);
 #else
   decltype(v < v) lane{};
   for (int l = 0; l < static_cast<int>(sizeof v / sizeof v[0]); ++l) lane[l] = l;
-  return lane < some ? v : rest;
+  return lane < static_cast<int>(n) ? v : rest;
 #endif
 }
 
@@ -849,6 +848,8 @@ struct Place {
     i += elements;
     step += elements;
   }
+  // Lanes of elements before `end`, if that is among them.
+  BNEXT_INLINE std::int64_t lanes_before(std::int64_t end) const { return end - i; }
   template <class E>
   BNEXT_INLINE Vector<E> operator()(const E* row) const {
     return load_values(row + i);
@@ -865,6 +866,9 @@ struct EveryOtherPlace {
   std::int64_t i, step;
   bool second;
 
+  BNEXT_INLINE std::int64_t lanes_before(std::int64_t end) const {
+    return (end - i + (second ? 0 : 1)) >> 1;
+  }
   BNEXT_INLINE Vector<S> operator()(const S* row) const {
     return Storage<S>::decode_every_other(load_vector<u16v>(row + i), second);
   }
@@ -877,6 +881,7 @@ struct PartialPlace {
   static constexpr bool whole = false;
   std::int64_t i, count;
 
+  BNEXT_INLINE std::int64_t lanes_before(std::int64_t end) const { return end - i; }
   template <class E>
   BNEXT_INLINE Vector<E> operator()(const E* row) const {
     return load_values_first(row + i, count);
@@ -956,7 +961,7 @@ constexpr std::int64_t longest_step = 16 * line_length<S>;
 // before it would have left them anyway. channels.reach(i) and before(i, count) are called before
 // elements [i, i + count) are asked for, in rising order without gaps, at most longest_step at
 // once. `much`: the values take so much code that there should be few copies of it. `any_order`:
-// places may also be every other element, of one channel.
+// places may also be every other element.
 template <bool much, bool any_order, class S, class Channels, class Value, class Before>
 BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t channel_length,
                         bool streaming, Channels channels, Value value, Before before) {
@@ -1017,6 +1022,12 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
           write_whole(coefficients, Place<S>{i + at, at}, false);
     return i;
   };
+  const auto write_a_line = [&](const auto& coefficients, std::int64_t begin)
+                                __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                                  for (std::int64_t at = 0; at < line; at += whole_length)
+                                    write_whole(coefficients, Place<S>{begin + at, at}, streaming);
+                                };
 
   // Whole lines between the edges: a store across two of them costs twice, and cannot be streamed.
   std::int64_t i = 0, end = until_next_line(to) < length ? until_next_line(to) : length;
@@ -1028,14 +1039,20 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
       channels.reach(i);
       before(i, end - i);
       const auto& coefficients = channels.around(c, c * channel_length);
-      const bool streamed = streaming && end - i == line;
-      alignas(64) S values[line];
+      const bool whole = end - i == line;
+      if (!large && whole) {
+        if constexpr (!large) write_a_line(coefficients, i);
+      } else {
+        const bool streamed = streaming && whole;
+        alignas(64) S values[line];
 #pragma GCC unroll 1
-      for (std::int64_t at = i; at < end; at += vector_length<S>) {
-        const PartialPlace<S> place{at, end - at < vector_length<S> ? end - at : vector_length<S>};
-        place.write(value(coefficients(place), place), streamed ? values - i : to);
+        for (std::int64_t at = i; at < end; at += vector_length<S>) {
+          const PartialPlace<S> place{at,
+                                      end - at < vector_length<S> ? end - at : vector_length<S>};
+          place.write(value(coefficients(place), place), streamed ? values - i : to);
+        }
+        if (streamed) write_line(values, to + i);
       }
-      if (streamed) write_line(values, to + i);
       i = end;
     }
     if (i == length) break;
@@ -1047,8 +1064,11 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
       channels.reach(i);
       before(i, count);
       const std::int64_t until = i + count;
-      if constexpr (!large) i = write_blocks(coefficients, i, until);
-      if (streaming) {
+      if constexpr (!large) {
+        i = write_blocks(coefficients, i, until);
+#pragma GCC unroll 1
+        for (; i < until; i += line) write_a_line(coefficients, i);
+      } else if (streaming) {
 #pragma GCC unroll 1
         for (; i < until; i += line) stream_line(coefficients, i);
       } else {

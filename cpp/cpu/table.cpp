@@ -1,7 +1,6 @@
-// The backend of one instruction set. CMake compiles this file once per bnext_isa row, with
-// BNEXT_ISA_ID and BNEXT_ISA_NAME set; everything but the table is internal, and nothing runs
-// before dispatch has asked whether the processor can.
-#include "core/dispatch.hpp"
+// The kernels of one instruction set. CMake compiles this file once per bnext_isa row, with
+// BNEXT_ISA_ID set; everything but their table is internal, and nothing runs before dispatch has
+// asked whether the processor can. Nothing may be thrown here: there are no tables for it.
 #include "cpu/batch_norm.hpp"
 #include "cpu/dropout.hpp"
 
@@ -47,19 +46,13 @@ struct Table {
       dropout<S>};
 };
 
-template <class S, class Args>
-void run(const Args& args) {
-  launch(args, Table<S>::kernels);
-}
-
 }  // namespace
 
 #define BNEXT_CONCAT(a, b) a##b
-#define BNEXT_BACKEND_OF(id) BNEXT_CONCAT(backend_, id)
-#define BNEXT_LAUNCHER_FOR_DTYPE(name, type, compute) run<type>,
-#define BNEXT_ROW(op, args) {BNEXT_DTYPES(BNEXT_LAUNCHER_FOR_DTYPE)},
+#define BNEXT_KERNELS_OF(id) BNEXT_CONCAT(kernels_, id)
+#define BNEXT_OF_DTYPE(name, type, compute) Table<type>::kernels,
 
-extern const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID);
-const Backend BNEXT_BACKEND_OF(BNEXT_ISA_ID){BNEXT_ISA_NAME, DeviceKind::cpu, BNEXT_OPS(BNEXT_ROW)};
+extern const IsaKernels BNEXT_KERNELS_OF(BNEXT_ISA_ID);
+const IsaKernels BNEXT_KERNELS_OF(BNEXT_ISA_ID){BNEXT_DTYPES(BNEXT_OF_DTYPE)};
 
 }  // namespace bnext
