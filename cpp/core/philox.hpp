@@ -40,6 +40,7 @@ BNEXT_HD static inline PhiloxBlock philox(std::uint32_t c0, std::uint32_t c1, st
 // and 0.25, one. That is an eighth to a quarter of a word of random bits for each element, and the
 // keep probability is still exact to 2^-32.
 constexpr int mask_word_size = 32;
+constexpr int mask_word_bytes = mask_word_size / 8;
 constexpr int mask_draw_bits = 4;
 
 // The second word of the counter of a draw; the first is the lower half of `word`.

@@ -939,8 +939,9 @@ class ColumnRuns {
   std::int64_t noted(std::int64_t block) const { return noted_of_row(block * rows_); }
   // Of a row of the chunk, counted from its first.
   std::int64_t noted_of_row(std::int64_t row) const {
-    return first_noted_ +
-           (one_run_ ? (start_ + row * width_) / 8 - start_ / 8 : row * between_noted_);
+    if (!one_run_) return first_noted_ + row * between_noted_;
+    const std::int64_t words = (start_ + row * width_) / mask_word_size - start_ / mask_word_size;
+    return first_noted_ + words * mask_word_bytes;
   }
   template <class T>
   Ahead<T> ahead_backwards(const T* x, std::int64_t block) const {

@@ -57,93 +57,82 @@ BNEXT_INLINE void philox_vectors(PhiloxVectors<chains>& state, const std::uint32
   }
 }
 
-// Whether elements are kept, `batch_` of them at a time. See core/philox.hpp.
-template <int batch_>
-class MaskBits {
+// Draws words of a mask, a bit for each element that is kept. See core/philox.hpp.
+class MaskWords {
  public:
-  static constexpr std::int64_t batch = batch_;
+  // At once.
+  static constexpr int most = 64;
 
-  explicit MaskBits(const MaskDraw& draw)
+  explicit MaskWords(const MaskDraw& draw)
       : keys_(draw.seed),
         offset_(draw.offset),
         all_(draw.threshold >> 32 != 0),
         threshold_(static_cast<std::uint32_t>(draw.threshold)) {}
 
-  // The bits of the batch that `element` is in.
-  BNEXT_INLINE const std::uint8_t* of(std::int64_t element) {
-    const std::int64_t number = element / batch;
-    if (number != number_) {
-      make(number, kept_);
-      number_ = number;
+  // Words [first, first + count), and up to spare_mask_words after them.
+  __attribute__((noinline)) void draw(std::uint64_t first, std::int64_t count, std::uint8_t* to) {
+    // The upper half of all counters is one.
+    const std::uint64_t left = (std::uint64_t{1} << 32) - (first & 0xFFFFFFFFu);
+    if (static_cast<std::uint64_t>(count) > left) {
+      draw(first, static_cast<std::int64_t>(left), to);
+      draw(first + left, count - static_cast<std::int64_t>(left), to + left * mask_word_bytes);
+      return;
     }
-    return kept_;
-  }
-  // Copies the bits from that of `element` on, up to the end of its batch or that of `end`, to the
-  // place of its byte. How many there were.
-  BNEXT_INLINE std::int64_t put(std::int64_t element, std::int64_t end, std::uint8_t* to) {
-    const std::int64_t begin = element % batch, rest = batch - begin;
-    const std::int64_t count = end - element < rest ? end - element : rest;
-    if (count == batch)
-      make(element / batch, to);
+    const int vectors = static_cast<int>((count + wide - 1) / wide);
+    if (all_)
+      __builtin_memset(to, 0, static_cast<std::size_t>(vectors * wide * mask_word_bytes));
+    else if (threshold_ << mask_draw_bits == 0)
+      decide_vectors<1>(first, vectors, to);
     else
-      __builtin_memcpy(to, of(element) + begin / 8,
-                       static_cast<std::size_t>((begin % 8 + count + 7) / 8));
-    return count;
+      decide_vectors<2>(first, vectors, to);
+    if (threshold_ << 2 * mask_draw_bits != 0) settle(first, vectors * wide, to);
   }
 
  private:
   static constexpr int wide = vector_bytes / 8;  // words of one vector, in lanes of 64 bits
-  static constexpr int words = batch / mask_word_size;
-
-  // The bits of a batch.
-  __attribute__((noinline)) void make(std::int64_t number, std::uint8_t* kept) {
-    const auto first = static_cast<std::uint64_t>(number * words);
-    if (all_)
-      __builtin_memset(kept, 0, batch / 8);
-    else if (threshold_ << mask_draw_bits == 0)
-      make_words<1>(first, kept);
-    else
-      make_words<2>(first, kept);
-    if (threshold_ << 2 * mask_draw_bits != 0) settle(first, kept);
-  }
+  static_assert(wide <= spare_mask_words + 1 && most % wide == 0);
 
   // By the first `draws` draws; what they leave undecided is kept.
   template <int draws>
-  BNEXT_INLINE void make_words(std::uint64_t first, std::uint8_t* to) {
-    constexpr int together = words < 2 * wide ? 1 : 2;  // vectors
+  BNEXT_INLINE void decide_vectors(std::uint64_t first, int vectors, std::uint8_t* to) {
+    int v = 0;
+#pragma GCC unroll 1
+    for (; v + 2 <= vectors; v += 2) decide_some<draws, 2>(first, v * wide, to);
+    if (v < vectors) decide_some<draws, 1>(first, v * wide, to);
+  }
+  // Words from `first` + w on, of `vectors` vectors.
+  template <int draws, int vectors>
+  BNEXT_INLINE void decide_some(std::uint64_t first, int w, std::uint8_t* to) {
     // Else compilers fetch all keys before they know how many draws there are, and put them aside.
     const PhiloxKeys* keys = &keys_;
     __asm__("" : "+r"(keys));
     u64v lane;
     for (int l = 0; l < wide; ++l) lane[l] = static_cast<std::uint64_t>(l);
-#pragma GCC unroll 1
-    for (int w = 0; w < words; w += together * wide) {
-      PhiloxVectors<together * draws> random;
-      std::uint32_t high[together * draws];
-      for (int c = 0; c < together * draws; ++c) {
-        random.word[0][c] = lane + (first + static_cast<std::uint64_t>(w + c / draws * wide));
-        high[c] = mask_counter_high(first, c % draws);
-      }
-      philox_vectors(random, high, offset_, *keys);
+    PhiloxVectors<vectors * draws> random;
+    std::uint32_t high[vectors * draws];
+    for (int c = 0; c < vectors * draws; ++c) {
+      random.word[0][c] = lane + (first + static_cast<std::uint64_t>(w + c / draws * wide));
+      high[c] = mask_counter_high(first, c % draws);
+    }
+    philox_vectors(random, high, offset_, *keys);
 #pragma GCC unroll 2
-      for (int v = 0; v < together; ++v) {
-        u64v kept{}, undecided = ~kept;
+    for (int v = 0; v < vectors; ++v) {
+      u64v kept{}, undecided = ~kept;
 #pragma GCC unroll 2
-        for (int d = 0; d < draws; ++d) {
-          u64v bits[mask_draw_bits];
-          for (int k = 0; k < mask_draw_bits; ++k) bits[k] = random.word[k][v * draws + d];
-          decide(kept, undecided, bits, threshold_ << d * mask_draw_bits);
-        }
-        store_vector(__builtin_convertvector(kept | undecided, half_u32v),
-                     to + (w + v * wide) * sizeof(std::uint32_t));
-        store_vector(undecided, undecided_ + w + v * wide);
+      for (int d = 0; d < draws; ++d) {
+        u64v bits[mask_draw_bits];
+        for (int k = 0; k < mask_draw_bits; ++k) bits[k] = random.word[k][v * draws + d];
+        decide(kept, undecided, bits, threshold_ << d * mask_draw_bits);
       }
+      store_vector(__builtin_convertvector(kept | undecided, half_u32v),
+                   to + (w + v * wide) * mask_word_bytes);
+      store_vector(undecided, undecided_ + w + v * wide);
     }
   }
 
   // What two draws leave undecided: in one word of nine.
-  __attribute__((noinline)) void settle(std::uint64_t first, std::uint8_t* to) {
-    int list[words], count = 0;
+  __attribute__((noinline)) void settle(std::uint64_t first, int words, std::uint8_t* to) {
+    int list[most], count = 0;
     for (int w = 0; w < words; ++w) {
       list[count] = w;
       count += static_cast<std::uint32_t>(undecided_[w]) != 0;
@@ -167,11 +156,11 @@ class MaskBits {
       }
       kept |= undecided;
       for (int l = 0; l < wide && start + l < count; ++l) {
-        const int w = list[start + l];
+        std::uint8_t* place = to + list[start + l] * mask_word_bytes;
         std::uint32_t word;
-        __builtin_memcpy(&word, to + w * sizeof word, sizeof word);
-        word &= static_cast<std::uint32_t>(~undecided_[w] | kept[l]);
-        __builtin_memcpy(to + w * sizeof word, &word, sizeof word);
+        __builtin_memcpy(&word, place, sizeof word);
+        word &= static_cast<std::uint32_t>(~undecided_[list[start + l]] | kept[l]);
+        __builtin_memcpy(place, &word, sizeof word);
       }
     }
   }
@@ -180,20 +169,19 @@ class MaskBits {
   std::uint64_t offset_;
   bool all_;  // are dropped
   std::uint32_t threshold_;
-  std::int64_t number_ = -1;
-  alignas(64) std::uint8_t kept_[batch / 8 + 4];  // Bits reads on
-  alignas(64) std::uint64_t undecided_[words];    // in the low halves
+  alignas(64) std::uint64_t undecided_[most];  // in the low halves
 };
 
 // The bits of elements that share them.
 class SharedBits {
  public:
-  using Mask = MaskBits<2048>;
+  // Elements that are asked for at once, and bits that are drawn.
+  static constexpr std::int64_t batch = MaskWords::most * mask_word_size;
 
   explicit SharedBits(const MaskMap& map) : map_(map) {}
 
   // Those of `count` elements, up to a batch, from `first` on.
-  const std::uint8_t* of(Mask& mask, std::int64_t first, std::int64_t count) {
+  const std::uint8_t* of(MaskWords& mask, std::int64_t first, std::int64_t count) {
     const std::int64_t period = map_.units * map_.run, size = map_.repeats * period;
     std::int64_t sample = first / size, left = size - first % size;
     std::int64_t unit = first % period / map_.run, in_run = first % map_.run;
@@ -201,11 +189,15 @@ class SharedBits {
     filled_ = 0;
     next_ = words_;
     for (std::int64_t k = 0; k < count;) {
-      const std::int64_t number = sample * map_.units + unit, place = number % Mask::batch;
-      const Bits bits{mask.of(number), place};
+      const std::int64_t number = sample * map_.units + unit, place = number % batch;
+      if (number / batch != drawn_) {
+        drawn_ = number / batch;
+        mask.draw(static_cast<std::uint64_t>(drawn_) * MaskWords::most, MaskWords::most, kept_);
+      }
+      const Bits bits{kept_, place};
       std::int64_t n = count - k;
       if (map_.run == 1) {
-        n = least(n, least(map_.units - unit, Mask::batch - place));
+        n = least(n, least(map_.units - unit, batch - place));
         constexpr std::int64_t most = 24;  // bits that are there from any bit of a byte on
         for (std::int64_t i = 0; i < n; i += most) append(bits.at(i), least(n - i, most));
         unit += n;
@@ -244,7 +236,9 @@ class SharedBits {
   std::uint64_t word_;
   std::int64_t filled_;
   std::uint32_t* next_;
-  std::uint32_t words_[Mask::batch / 32 + 2];  // Bits reads on
+  std::uint32_t words_[MaskWords::most + 2];  // Bits reads on
+  std::int64_t drawn_ = -1;                   // the batch of those in kept_
+  std::uint8_t kept_[batch / 8 + 4];          // Bits reads on
 };
 
 template <class S>
@@ -255,21 +249,25 @@ void dropout(const DropoutArgs& a, std::int64_t first, std::int64_t end, bool st
   const bool shifted = a.shift != 0 || a.dropped != 0;
   const auto shift = static_cast<Compute<S>>(a.shift);
   const Vector<S> dropped = static_cast<Compute<S>>(a.dropped) - Vector<S>{};
-  SharedBits::Mask mask(a.draw);
+  MaskWords mask(a.draw);
   SharedBits shared(a.map);
   const S* from = x + first;
   // Elements are asked for in bursts, between which the processor alone would not fetch any.
   const Ahead<S> ahead{x + a.size, x};
 
-  constexpr std::int64_t batch = SharedBits::Mask::batch;
-  std::uint8_t kept[dropout_run / 8 + batch / 8 + 4];  // Bits reads on
+  constexpr std::int64_t batch = SharedBits::batch;
+  std::uint8_t kept[dropout_run / 8 + 4];  // Bits reads on
+  static_assert(dropout_run % batch == 0);
   Bits bits{kept, 0};
   std::int64_t drawn = 0;
   const auto draw = [&]() {
-    const std::int64_t begin = first + drawn;
-    const std::int64_t count = end - begin < batch ? end - begin : batch;
-    __builtin_memcpy(kept + drawn / 8,
-                     a.map.shares() ? shared.of(mask, begin, count) : mask.of(begin), batch / 8);
+    const std::int64_t begin = first + drawn, count = end - begin < batch ? end - begin : batch;
+    std::uint8_t* to = kept + drawn / 8;
+    if (a.map.shares())
+      __builtin_memcpy(to, shared.of(mask, begin, count), batch / 8);
+    else
+      mask.draw(static_cast<std::uint64_t>(begin / mask_word_size),
+                (count + mask_word_size - 1) / mask_word_size, to);
     drawn += batch;
   };
   const auto write_values = [&](auto value) __attribute__((always_inline)) {

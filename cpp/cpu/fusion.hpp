@@ -93,8 +93,6 @@ __attribute__((noinline)) V gradient_of_its_own(V g, V z, T slope) {
   return Epilogue::gradient(g, z, slope);
 }
 
-using FusedBits = MaskBits<256>;
-
 // Where the random bits of dropout come from in a pass, and whether they are noted for another.
 enum class Mask { drawn, drawn_and_noted, noted };
 
@@ -125,7 +123,7 @@ class General {
         dropping_(f.dropout.threshold > 0),
         recording_(mask == Mask::drawn && f.passes != nullptr),
         scale_(static_cast<T>(f.dropout.scale)),
-        bits_(f.dropout) {}
+        mask_(f.dropout) {}
 
   class Run {
    public:
@@ -135,7 +133,7 @@ class General {
         : of_(of),
           first_(first),
           end_(first + length),
-          drawn_(first),
+          drawn_(first / mask_word_size),
           residual_(of.residual_ != nullptr ? of.residual_ + first : nullptr),
           ahead_(ahead),
           activation_(of.fusion_.activation),
@@ -145,9 +143,8 @@ class General {
           inverted_(of.fusion_.inverted),
           may_drop_(of.dropping_),
           recording_(of.recording_) {
-      if (dropping()) {
-        kept_ = {mask == Mask::drawn ? of.kept_ : of.fusion_.kept + noted, first % 8};
-      }
+      if (dropping())
+        kept_ = {mask == Mask::drawn ? of.kept_ : of.fusion_.kept + noted, first % mask_word_size};
       if (of.fusion_.passes != nullptr && !recording_)
         passes_ = {of.fusion_.passes + first / 8, first % 8};
     }
@@ -166,7 +163,7 @@ class General {
       if (!dropping()) return;
       kept_.vectors_from(i);
       if (mask == Mask::noted) return;
-      while (drawn_ < first_ + i + count) draw();
+      while (drawn_ * mask_word_size < first_ + i + count) draw();
     }
     BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count) const {
       if (residual_ != nullptr) ahead_.fetch(residual_ + i, count);
@@ -263,20 +260,16 @@ class General {
       return body(epilogue::none());
     }
 
-    // Bits from those of element drawn_ on, to where this run has them.
+    // Some words from drawn_ on, to where this run has them: a call has to put aside what loops
+    // have in registers.
     BNEXT_INLINE void draw() {
-      auto* to = const_cast<std::uint8_t*>(kept_.bytes) + (drawn_ - first_ + first_ % 8) / 8;
-      drawn_ += draw_bits(of_.bits_, drawn_, end_, to);
-    }
-    // Of some batches: a call has to put aside what loops have in registers. Not of this object
-    // either. How many there were.
-    __attribute__((noinline)) static std::int64_t draw_bits(FusedBits& bits, std::int64_t first,
-                                                            std::int64_t end, std::uint8_t* to) {
-      constexpr std::int64_t batches = 4;
-      std::int64_t drawn = 0;
-      for (int k = 0; k < batches && first + drawn < end; ++k)
-        drawn += bits.put(first + drawn, end, to + (first % 8 + drawn) / 8);
-      return drawn;
+      constexpr std::int64_t some = 32;
+      const std::int64_t left = (end_ - 1) / mask_word_size + 1 - drawn_;
+      const std::int64_t count = left < some ? left : some;
+      of_.mask_.draw(static_cast<std::uint64_t>(drawn_), count,
+                     const_cast<std::uint8_t*>(kept_.bytes) +
+                         (drawn_ - first_ / mask_word_size) * mask_word_bytes);
+      drawn_ += count;
     }
 
     template <class P>
@@ -314,7 +307,8 @@ class General {
     }
 
     General& of_;
-    std::int64_t first_, end_, drawn_;
+    std::int64_t first_, end_;
+    std::int64_t drawn_;  // up to this word of the mask
     const S* residual_;
     Ahead<S> ahead_;
     Activation activation_;
@@ -338,9 +332,9 @@ class General {
   const T slope_;
   const bool dropping_, recording_;
   const T scale_;
-  FusedBits bits_;
+  MaskWords mask_;
   // Of one run: what is kept, and what passes.
-  std::uint8_t kept_[mask == Mask::drawn ? (longest_run + 2 * FusedBits::batch) / 8 : 1];
+  std::uint8_t kept_[mask == Mask::drawn ? mask_room(longest_run) : 1];
   std::uint64_t words_[mask == Mask::drawn ? longest_run / 64 + 3 : 1];
 };
 

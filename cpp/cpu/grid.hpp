@@ -5,8 +5,16 @@
 #include <cstdint>
 
 #include "core/args.hpp"
+#include "core/philox.hpp"
 
 namespace bnext {
+
+// Bytes for the words of a mask that a run has bits of, which may begin anywhere in a word. Whole
+// vectors of words are written: there must be room for as many more as the longest ones have.
+constexpr std::int64_t spare_mask_words = 7;
+constexpr std::int64_t mask_room(std::int64_t run) {
+  return (run / mask_word_size + 2 + spare_mask_words) * mask_word_bytes;
+}
 
 // A tile is (group, chunk): some channels, and a part of the values of each.
 //
@@ -63,8 +71,7 @@ struct Grid {
            : columns ? (width < max_group_width ? width : max_group_width)
                      : group_channels * ((problem.s + pieces - 1) / pieces);
   }
-  // For a bit an element of a run: any first one, and words are read whole.
-  std::int64_t noted_bytes() const { return longest_run() / 8 + 2 + 4; }
+  std::int64_t noted_bytes() const { return mask_room(longest_run()); }
   // Where in each row of a channel the runs of a chunk begin and end, in rows.
   std::int64_t first_value(std::int64_t chunk) const { return chunk % pieces * problem.s / pieces; }
   std::int64_t last_value(std::int64_t chunk) const {

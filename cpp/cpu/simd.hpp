@@ -784,7 +784,9 @@ struct Bits {
   BNEXT_INLINE f32v select_by_sign(std::int64_t i, std::int64_t step, u32v shifts, f32v a,
                                    f32v b) const {
     const auto word = _mm256_set1_epi32(static_cast<int>(word_at(i - step, step)));
-    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_sllv_epi32(word, (__m256i)shifts)));
+    // Of a known zero, compilers make two instructions.
+    return _mm256_blendv_ps(unknown(b), a,
+                            _mm256_castsi256_ps(_mm256_sllv_epi32(word, (__m256i)shifts)));
   }
 #endif
   // Some whole bytes after element i.
