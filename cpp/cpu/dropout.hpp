@@ -60,7 +60,7 @@ BNEXT_INLINE void philox_vectors(PhiloxVectors<chains>& state, const std::uint32
 // Draws words of a mask, a bit for each element that is kept. See core/philox.hpp.
 class MaskWords {
  public:
-  // At once.
+  // Words that one call draws at most.
   static constexpr int most = 64;
 
   explicit MaskWords(const MaskDraw& draw)

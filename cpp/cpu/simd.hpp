@@ -1024,12 +1024,11 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
           write_whole(coefficients, Place<S>{i + at, at}, false);
     return i;
   };
-  const auto write_a_line = [&](const auto& coefficients, std::int64_t begin)
-                                __attribute__((always_inline)) {
+  const auto write_a_line = [&](const auto& k, std::int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-                                  for (std::int64_t at = 0; at < line; at += whole_length)
-                                    write_whole(coefficients, Place<S>{begin + at, at}, streaming);
-                                };
+    for (std::int64_t at = 0; at < line; at += whole_length)
+      write_whole(k, Place<S>{i + at, at}, streaming);
+  };
 
   // Whole lines between the edges: a store across two of them costs twice, and cannot be streamed.
   std::int64_t i = 0, end = until_next_line(to) < length ? until_next_line(to) : length;
@@ -1041,11 +1040,11 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
       channels.reach(i);
       before(i, end - i);
       const auto& coefficients = channels.around(c, c * channel_length);
-      const bool whole = end - i == line;
-      if (!large && whole) {
+      const bool all = end - i == line;
+      if (!large && all) {
         if constexpr (!large) write_a_line(coefficients, i);
       } else {
-        const bool streamed = streaming && whole;
+        const bool streamed = streaming && all;
         alignas(64) S values[line];
 #pragma GCC unroll 1
         for (std::int64_t at = i; at < end; at += vector_length<S>) {

@@ -379,13 +379,14 @@ int main(int argc, char** argv) {
   }
   if (argc == 2 && std::strcmp(argv[1], "--expect-wrong-cache-size") == 0) {
     float value = 1;
-    for (const bnext::BackendInfo& backend : bnext::backends())
-      if (backend.available) {
-        bnext::set_backend(backend.name);
-        check_throws<std::invalid_argument>("BNEXT_CACHE_BYTES: expected bytes, got '32M'", [&] {
-          bnext::dropout_forward({{&value, {1}}, 0.5, {&value, {1}}}, {1, 2});
-        });
-      }
+    for (const bnext::BackendInfo& backend : bnext::backends()) {
+      // GPUs do not ask how large the caches are.
+      if (!backend.available || backend.name == "cuda") continue;
+      bnext::set_backend(backend.name);
+      check_throws<std::invalid_argument>("BNEXT_CACHE_BYTES: expected bytes, got '32M'", [&] {
+        bnext::dropout_forward({{&value, {1}}, 0.5, {&value, {1}}}, {1, 2});
+      });
+    }
     return failures ? 1 : 0;
   }
   // bnext_test [BACKEND [--small]]: of one backend alone, and without what takes many launches, as
