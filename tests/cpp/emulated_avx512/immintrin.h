@@ -1,5 +1,5 @@
 // As much of AVX-512 as cpp/cpu/simd.hpp uses, on processors with AVX2: compilers make vectors of
-// 64 bytes of shorter ones, and the intrinsics are loops over lanes. So kernels can be tested where
+// 64 bytes of shorter ones, and the intrinsics are those of halves. So kernels can be tested where
 // no processor has the instructions; it shows nothing of speed, nor what a compiler makes of them.
 #pragma once
 
