@@ -47,6 +47,10 @@ double wanted_center(const ShiftedSums& s, double count) {
   return good ? 0 : static_cast<double>(static_cast<Compute<S>>(s.total / count));
 }
 
+// Vectors of sums that a vector of values is added to.
+template <class S>
+constexpr int wide_vectors = sizeof(double) / sizeof(Compute<S>);
+
 // What is added of a vector of values: doubles, or floats.
 template <class A, class V>
 BNEXT_INLINE auto addends(V v) {
@@ -128,7 +132,7 @@ struct MomentSums : Around<centered> {
   }
   // The first `count` values of a pack.
   BNEXT_INLINE void add_first(const S* p, std::int64_t count) {
-    by_vectors<some>(
+    by_vectors<wide_vectors<S>>(
         0,
         [&](std::int64_t i, auto& sum, auto& sum_of_squares) __attribute__((always_inline)) {
           if (i >= count) return;
@@ -176,9 +180,6 @@ struct MomentSums : Around<centered> {
   BNEXT_INLINE ShiftedSums sums() const { return {sum(total), sum(squares + more_squares)}; }
 
  private:
-  // Vectors of sums that a vector of values is added to.
-  static constexpr int some = sizeof(double) / sizeof(Compute<S>);
-
   template <class Wide>
   BNEXT_INLINE Wide center_as() const {
     if constexpr (centered)
@@ -232,7 +233,7 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
   // A run is split after a multiple of `unit`.
   template <class Gradient, class Value>
   BNEXT_INLINE void add(std::int64_t count, Gradient gradient, Value value, Ones ones) {
-    by_vectors<some>(
+    by_vectors<wide_vectors<S>>(
         0,
         [&](std::int64_t i, auto& total_lanes, auto& product_lanes,
             auto& more_lanes) __attribute__((always_inline)) {
@@ -271,7 +272,7 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
   // The first `count` values of a pack.
   template <class Gradient, class Value>
   BNEXT_INLINE void add_first(std::int64_t count, Gradient gradient, Value value) {
-    by_vectors<some>(
+    by_vectors<wide_vectors<S>>(
         0,
         [&](std::int64_t i, auto& sum, auto& sum_of_products) __attribute__((always_inline)) {
           if (i >= count) return;
@@ -310,9 +311,6 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
   }
 
  private:
-  // Vectors of sums that a vector of values is added to.
-  static constexpr int some = sizeof(double) / sizeof(Compute<S>);
-
   template <class P>
   BNEXT_INLINE auto center_as() const {
     if constexpr (shifted)
@@ -1011,7 +1009,7 @@ BNEXT_INLINE void for_each_columns(std::int64_t width, std::int64_t count, doubl
       before(w, lanes);
       auto a = load_vectors<Pack<double>>(first + w), b = load_vectors<Pack<double>>(second + w);
       const auto add_rows = [&](std::int64_t k, std::int64_t rows) __attribute__((always_inline)) {
-        by_vectors<sizeof(double) / sizeof(Compute<S>)>(
+        by_vectors<wide_vectors<S>>(
             w,
             [&](std::int64_t i, auto& some, auto& others)
                 __attribute__((always_inline)) { add(Place<S>{i}, k, rows, some, others); },
