@@ -47,12 +47,13 @@ BNEXT_HD static inline T narrowed(double value) {
   return static_cast<T>(value == value ? value : __builtin_nan(""));
 }
 
-// y = (x - mean) scale + shift: the normalisation as the apply loops compute it. The mean is
-// rounded to T, what rounding took away goes into the shift: x - mean is then exact where it
-// matters, and nothing of the size of |mean| scale is ever added.
+// y = (mean - x) minus_scale + shift: the normalisation as the apply loops compute it. The mean is
+// rounded to T, what rounding took away goes into the shift: mean - x is then exact where it
+// matters, and nothing of the size of |mean| scale is ever added. Not x - mean: what is taken away
+// may lie in memory, in instructions of x86-64.
 template <class T>
 struct Affine {
-  T mean, scale, shift;
+  T mean, minus_scale, shift;
 };
 
 template <class T>
@@ -63,19 +64,19 @@ BNEXT_HD static inline Affine<T> normalisation(double mean, double inv_std, doub
   // Zero when nothing was rounded away, even if scale is infinite (a constant channel, eps = 0).
   const double lost = mean - static_cast<double>(rounded);
   const double shift = lost == 0 ? bias : bias - lost * scale;
-  return {rounded, narrowed<T>(scale), narrowed<T>(shift)};
+  return {rounded, narrowed<T>(-scale), narrowed<T>(shift)};
 }
 
 // Also for vectors of T, with the coefficients of one channel or vectors of them.
 template <class T, class X>
 BNEXT_HD static inline X apply(const Affine<T>& f, X x) {
-  return (x - f.mean) * f.scale + f.shift;
+  return (f.mean - x) * f.minus_scale + f.shift;
 }
 
-// grad_x = g_scale (g - g_mean) + x_scale (x - x_mean) + shift
+// grad_x = (g_mean - g) minus_g_scale + (x_mean - x) minus_x_scale + shift
 template <class T>
 struct GradAffine {
-  T g_mean, g_scale, x_mean, x_scale, shift;
+  T g_mean, minus_g_scale, x_mean, minus_x_scale, shift;
 };
 
 // From weight r (g - <g> - n <g n>), n = (x - mean) r.
@@ -87,12 +88,12 @@ BNEXT_HD static inline GradAffine<T> grad_normalisation(double mean, double inv_
   const T g_rounded = narrowed<T>(mean_g), x_rounded = narrowed<T>(mean);
   const double shift = -g_scale * (mean_g - static_cast<double>(g_rounded)) -
                        x_scale * (mean - static_cast<double>(x_rounded));
-  return {g_rounded, narrowed<T>(g_scale), x_rounded, narrowed<T>(x_scale), narrowed<T>(shift)};
+  return {g_rounded, narrowed<T>(-g_scale), x_rounded, narrowed<T>(-x_scale), narrowed<T>(shift)};
 }
 
 template <class T, class X>
 BNEXT_HD static inline X apply(const GradAffine<T>& f, X g, X x) {
-  return f.g_scale * (g - f.g_mean) + f.x_scale * (x - f.x_mean) + f.shift;
+  return (f.g_mean - g) * f.minus_g_scale + (f.x_mean - x) * f.minus_x_scale + f.shift;
 }
 
 // What the gradients go by: n = (v - center) scale, v being x or, `from_result`, the result without

@@ -456,16 +456,18 @@ BNEXT_INLINE Vector<T> lanes_of_two(T before, std::int64_t n, T after) {
 template <class T>
 BNEXT_INLINE Affine<Vector<T>> lanes_of_two(const Affine<T>& before, std::int64_t n,
                                             const Affine<T>& after) {
-  return {lanes_of_two(before.mean, n, after.mean), lanes_of_two(before.scale, n, after.scale),
+  return {lanes_of_two(before.mean, n, after.mean),
+          lanes_of_two(before.minus_scale, n, after.minus_scale),
           lanes_of_two(before.shift, n, after.shift)};
 }
 template <class T>
 BNEXT_INLINE GradAffine<Vector<T>> lanes_of_two(const GradAffine<T>& before, std::int64_t n,
                                                 const GradAffine<T>& after) {
-  return {
-      lanes_of_two(before.g_mean, n, after.g_mean), lanes_of_two(before.g_scale, n, after.g_scale),
-      lanes_of_two(before.x_mean, n, after.x_mean), lanes_of_two(before.x_scale, n, after.x_scale),
-      lanes_of_two(before.shift, n, after.shift)};
+  return {lanes_of_two(before.g_mean, n, after.g_mean),
+          lanes_of_two(before.minus_g_scale, n, after.minus_g_scale),
+          lanes_of_two(before.x_mean, n, after.x_mean),
+          lanes_of_two(before.minus_x_scale, n, after.minus_x_scale),
+          lanes_of_two(before.shift, n, after.shift)};
 }
 template <class T>
 BNEXT_INLINE BothAffine<Affine<Vector<T>>, GradAffine<Vector<T>>> lanes_of_two(
@@ -1107,41 +1109,41 @@ constexpr std::int64_t repeated_columns = Grid::max_group_width + longest_step<S
 template <class S>
 struct ColumnAffine {
   using T = Compute<S>;
-  T mean[repeated_columns<S>], scale[repeated_columns<S>], shift[repeated_columns<S>];
+  T mean[repeated_columns<S>], minus_scale[repeated_columns<S>], shift[repeated_columns<S>];
 
   ColumnAffine(const Grid& grid, const Columns& columns, const Affine<T>* forward) {
     const std::int64_t more = grid.one_run() ? longest_step<S> : 0;
     const Affine<T>* f = forward + columns.first_channel;
     spread(grid, columns, more, mean, [&](std::int64_t c) { return f[c].mean; });
-    spread(grid, columns, more, scale, [&](std::int64_t c) { return f[c].scale; });
+    spread(grid, columns, more, minus_scale, [&](std::int64_t c) { return f[c].minus_scale; });
     spread(grid, columns, more, shift, [&](std::int64_t c) { return f[c].shift; });
   }
 
   template <class Place>
   BNEXT_INLINE Affine<Vector<T>> operator()(Place place) const {
-    return {place(mean), place(scale), place(shift)};
+    return {place(mean), place(minus_scale), place(shift)};
   }
 };
 
 template <class S>
 struct ColumnGradAffine {
   using T = Compute<S>;
-  T g_mean[repeated_columns<S>], g_scale[repeated_columns<S>], x_mean[repeated_columns<S>],
-      x_scale[repeated_columns<S>], shift[repeated_columns<S>];
+  T g_mean[repeated_columns<S>], minus_g_scale[repeated_columns<S>], x_mean[repeated_columns<S>],
+      minus_x_scale[repeated_columns<S>], shift[repeated_columns<S>];
 
   ColumnGradAffine(const Grid& grid, const Columns& columns, const GradAffine<T>* backward) {
     const std::int64_t more = grid.one_run() ? longest_step<S> : 0;
     const GradAffine<T>* k = backward + columns.first_channel;
     spread(grid, columns, more, g_mean, [&](std::int64_t c) { return k[c].g_mean; });
-    spread(grid, columns, more, g_scale, [&](std::int64_t c) { return k[c].g_scale; });
+    spread(grid, columns, more, minus_g_scale, [&](std::int64_t c) { return k[c].minus_g_scale; });
     spread(grid, columns, more, x_mean, [&](std::int64_t c) { return k[c].x_mean; });
-    spread(grid, columns, more, x_scale, [&](std::int64_t c) { return k[c].x_scale; });
+    spread(grid, columns, more, minus_x_scale, [&](std::int64_t c) { return k[c].minus_x_scale; });
     spread(grid, columns, more, shift, [&](std::int64_t c) { return k[c].shift; });
   }
 
   template <class Place>
   BNEXT_INLINE GradAffine<Vector<T>> operator()(Place place) const {
-    return {place(g_mean), place(g_scale), place(x_mean), place(x_scale), place(shift)};
+    return {place(g_mean), place(minus_g_scale), place(x_mean), place(minus_x_scale), place(shift)};
   }
 };
 
@@ -1285,7 +1287,10 @@ void apply_grad_runs(const Grid& grid, const Runs& runs, const Channels& channel
                 [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
             if constexpr (Tail::adds)
               if (grad_residual != nullptr) at.write(through, grad_residual + offset);
-            return apply(affine.backward, through, v);
+            auto backward = affine.backward;
+            // The same number, from which x is taken away once.
+            if constexpr (!Tail::linear && Tail::known) backward.x_mean = affine.forward.mean;
+            return apply(backward, through, v);
           });
 }
 

@@ -224,7 +224,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
         scale[c] = by.scale;
         weight[c] = by.weight;
         forward[c] =
-            a.from_result ? Affine<T>{0, 1, 0} : normalisation<T>(a.mean[c], a.inv_std[c], w, b);
+            a.from_result ? Affine<T>{0, -1, 0} : normalisation<T>(a.mean[c], a.inv_std[c], w, b);
       },
       [&](std::int64_t group, std::int64_t chunk) {
         grad_sums(grid, group, chunk, grad_y, x, origin, forward, fusion, partials);

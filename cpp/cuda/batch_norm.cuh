@@ -138,7 +138,7 @@ struct Backward {
                     value_or<T>(a.bias, c, 0));
   }
   __device__ Affine<T> forward(std::int64_t c) const {
-    if (a.from_result) return {0, 1, 0};
+    if (a.from_result) return {0, -1, 0};
     return normalisation<T>(a.mean[c], a.inv_std[c], value_or<T>(a.weight, c, 1),
                             value_or<T>(a.bias, c, 0));
   }
