@@ -95,10 +95,11 @@ struct MomentSums : Around<centered> {
     if constexpr (centered) this->center = broadcast(center_);
   }
 
-  // `count` packs at p, around one center.
-  BNEXT_INLINE void add(const S* p, std::int64_t count, Ones ones) {
+  // `count` packs at p, around one center; as many are fetched at `ahead`.
+  BNEXT_INLINE void add(const S* p, const S* ahead, std::int64_t count, Ones ones) {
     if constexpr (narrow) {
       const auto add_packs = [&](std::int64_t some) __attribute__((always_inline)) {
+        for (std::int64_t k = 0; k < some; ++k) fetch_pack(ahead + k * lanes, k);
         by_vectors<2>(
             0,
             [&](std::int64_t i, auto& sum, auto& sum_of_squares) __attribute__((always_inline)) {
@@ -111,11 +112,14 @@ struct MomentSums : Around<centered> {
             },
             total, squares);
       };
-      for (; count >= unit; count -= unit, p += unit * lanes) add_packs(unit);
+      for (; count >= unit; count -= unit, p += unit * lanes, ahead += unit * lanes)
+        add_packs(unit);
       if (count > 0) add_packs(count);
     } else {
       if constexpr (sizeof(S) >= 4)
-        for (; count >= 2; count -= 2, p += 2 * lanes)
+        for (; count >= 2; count -= 2, p += 2 * lanes, ahead += 2 * lanes) {
+          fetch_pack(ahead, 0);
+          fetch_pack(ahead + lanes, 1);
           by_vector(
               0,
               [&](std::int64_t i, f64v& sum, f64v& first, f64v& second)
@@ -127,7 +131,11 @@ struct MomentSums : Around<centered> {
                     sum = add_by_multiplying(a + b, ones, sum);
                   },
               total, squares, more_squares);
-      for (; count > 0; --count, p += lanes) add_first(p, lanes);
+        }
+      for (; count > 0; --count, p += lanes, ahead += lanes) {
+        fetch_pack(ahead, 0);
+        add_first(p, lanes);
+      }
     }
   }
   // The first `count` values of a pack.
@@ -229,10 +237,11 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
     if constexpr (shifted) this->center = broadcast(static_cast<Addend>(origin));
   }
 
-  // `count` packs, of which gradient(i) and value(i) give the vector from element i on, as addends.
-  // A run is split after a multiple of `unit`.
-  template <class Gradient, class Value>
-  BNEXT_INLINE void add(std::int64_t count, Gradient gradient, Value value, Ones ones) {
+  // `count` packs, of which gradient(i) and value(i) give the vector from element i on, as addends;
+  // fetch(k) is called once for each. A run is split after a multiple of `unit`.
+  template <class Gradient, class Value, class Fetch>
+  BNEXT_INLINE void add(std::int64_t count, Gradient gradient, Value value, Fetch fetch,
+                        Ones ones) {
     by_vectors<wide_vectors<S>>(
         0,
         [&](std::int64_t i, auto& total_lanes, auto& product_lanes,
@@ -245,20 +254,28 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
           const auto value_of = [&](std::int64_t k)
                                     __attribute__((always_inline)) { return value(i + k * lanes); };
           if constexpr (narrow) {
+            if (i == 0)
+              for (std::int64_t k = 0; k < count; ++k) fetch(k);
             add_lanes(count, gradient_of, value_of, center, sum, sum_of_products);
           } else {
             std::int64_t k = 0;
             for (; k + 2 <= count; k += 2) {
+              if (i == 0) {
+                fetch(k);
+                fetch(k + 1);
+              }
               const auto a = gradient_of(k), b = gradient_of(k + 1);
               sum = add_by_multiplying(a + b, ones, sum);
               sum_of_products = product_add(a, value_of(k), center, sum_of_products);
               more = product_add(b, value_of(k + 1), center, more);
             }
-            if (k < count)
+            if (k < count) {
+              if (i == 0) fetch(k);
               add_lanes(
                   1, [&](std::int64_t) __attribute__((always_inline)) { return gradient_of(k); },
                   [&](std::int64_t) __attribute__((always_inline)) { return value_of(k); }, center,
                   sum, sum_of_products);
+            }
           }
           total_lanes = sum;
           product_lanes = sum_of_products;
@@ -651,10 +668,12 @@ class MomentTile {
   // `count` values from element i of a run on: fewer than a pack only where a channel ends.
   static BNEXT_INLINE void add_values(Sums& sums, const S* from, std::int64_t i, std::int64_t count,
                                       const Ahead<S>& ahead, Ones ones) {
-    ahead.fetch(from + i, count);
-    const std::int64_t rest = count % lanes;
-    sums.add(from + i, count / lanes, ones);
-    if (rest > 0) sums.add_first(from + i + count - rest, rest);
+    const std::int64_t rest = count % lanes, whole = count - rest;
+    const S* to_fetch = ahead.of(from + i);
+    sums.add(from + i, to_fetch, count / lanes, ones);
+    if (rest == 0) return;
+    fetch_pack(to_fetch + whole, 0);
+    sums.add_first(from + i + whole, rest);
   }
 
   const Grid& grid_;
@@ -794,8 +813,7 @@ class GradTile {
   static BNEXT_INLINE void add_values(Sums& sums, typename Tail::Run& tail, const F& f, const S* g,
                                       const S* x, std::int64_t i, std::int64_t count,
                                       const Ahead<S>& ahead_g, const Ahead<S>& ahead_x, Ones ones) {
-    ahead_g.fetch(g + i, count);
-    ahead_x.fetch(x + i, count);
+    const S *to_fetch_g = ahead_g.of(g + i), *to_fetch_x = ahead_x.of(x + i);
     const F coefficients = f;
     const auto f_at = [&](auto) __attribute__((always_inline)) { return coefficients; };
     const auto gradient = [&](auto at) __attribute__((always_inline)) {
@@ -809,8 +827,14 @@ class GradTile {
         count / lanes,
         [&](std::int64_t k) __attribute__((always_inline)) { return gradient(Place<S>{i + k, k}); },
         [&](std::int64_t k) __attribute__((always_inline)) { return value(Place<S>{i + k, k}); },
+        [&](std::int64_t k) __attribute__((always_inline)) {
+          fetch_pack(to_fetch_g + k * lanes, k);
+          fetch_pack(to_fetch_x + k * lanes, k);
+        },
         ones);
     if (rest == 0) return;
+    fetch_pack(to_fetch_g + count - rest, 0);
+    fetch_pack(to_fetch_x + count - rest, 0);
     const auto place = [&](std::int64_t k) __attribute__((always_inline)) {
       return PartialPlace<S>{last + k, rest - k};
     };

@@ -827,12 +827,24 @@ struct Ahead {
   std::int64_t distance = prefetch_distance<T>;
 
   BNEXT_INLINE void fetch(const T* p, std::int64_t count) const {
-    if (next == nullptr) return;
+    if (next != nullptr) bnext::fetch(of(p), count);
+  }
+  // Where what is to be fetched for p lies: at p itself, where nothing is.
+  BNEXT_INLINE const T* of(const T* p) const {
+    if (next == nullptr) return unknown(p);
     const T* q = p + distance;
-    if (q >= end) q = next + (q - end);
-    bnext::fetch(q, count);
+    return unknown(q >= end ? next + (q - end) : q);
   }
 };
+
+// Fetches the lines that begin in a pack at p, the k-th of some: between other instructions that is
+// cheaper than all lines at once.
+template <class T>
+BNEXT_INLINE void fetch_pack(const T* p, std::int64_t k) {
+#pragma GCC unroll 16
+  for (std::int64_t i = 0; i < lanes; ++i)
+    if ((k * lanes + i) % line_length<T> == 0) __builtin_prefetch(p + i);
+}
 
 // -- writing results ------------------------------------------------------------------------------
 
