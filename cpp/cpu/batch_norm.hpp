@@ -531,11 +531,8 @@ struct ChannelsOfRow {
 constexpr std::int64_t units_of_a_call = 4;
 constexpr std::int64_t units_on_the_way = many_registers ? 1 : units_of_a_call;
 
-// As many are added at once where nothing else is to be done. Two tensors are asked for in smaller
-// portions: a burst of prefetches takes all places where lines can be waited for.
+// As many are added at once where nothing else is to be done.
 constexpr std::int64_t some_values = 256;
-template <class S>
-constexpr std::int64_t some_gradients = many_registers ? some_values : 512 / sizeof(S);
 
 // After the last value of any run.
 constexpr std::int64_t never = std::int64_t{1} << 62;
@@ -790,10 +787,10 @@ class GradTile {
                           const Ahead<S> ahead_g = runs_.ahead(grid_, grad_y_, b);
                           const Ahead<S> ahead_x = runs_.ahead(grid_, x_, b);
                           const std::int64_t end = (c + 1) * runs_.length;
-                          for (std::int64_t i = c * runs_.length; i < end; i += some_gradients<S>)
+                          for (std::int64_t i = c * runs_.length; i < end; i += some_values)
                             add_values(sums, tail, forward_[c], g, x, i,
-                                       end - i < some_gradients<S> ? end - i : some_gradients<S>,
-                                       ahead_g, ahead_x, ones_);
+                                       end - i < some_values ? end - i : some_values, ahead_g,
+                                       ahead_x, ones_);
                         }
                         sums_[c] = sums;
                       });
