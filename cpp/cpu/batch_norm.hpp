@@ -388,10 +388,10 @@ BNEXT_INLINE Addends<A, S> gradient_addends(P at, const typename Tail::Run& run,
 
 // -- rows: some channels, in runs of contiguous values --------------------------------------------
 
-// Ahead of a run of `length` values that ends at `end` and is followed by `next`.
+// In a run of `length` values, the next of which begins `to_next` elements after it.
 template <class T>
-Ahead<T> ahead_of(const T* end, const T* next, std::int64_t length) {
-  return {end, next, length < prefetch_distance<T> ? length : prefetch_distance<T>};
+Ahead ahead_in_run(std::int64_t length, std::int64_t to_next) {
+  return {length, to_next - length, length < prefetch_distance<T> ? length : prefetch_distance<T>};
 }
 
 // The runs of a tile: in each of `blocks` samples, `length` values of each of `channels` channels,
@@ -428,31 +428,27 @@ struct Runs {
       for (std::int64_t c = 0; c < channels; ++c)
         body(c, first, first + some < blocks ? first + some : blocks);
   }
-  // What is to be asked for ahead of a run, in the order of the first pass,
+  // What is to be asked for in a run, in the order of the first pass,
   template <class T>
-  Ahead<T> ahead(const Grid& grid, const T* x, std::int64_t block) const {
-    if (!grid.far || x == nullptr) return {nullptr, nullptr};
-    return ahead_to(x, block, block + 1 < blocks ? block + 1 : block);
+  Ahead ahead(const Grid& grid, std::int64_t block) const {
+    return grid.far ? ahead_to<T>(block + 1 < blocks, between_samples) : Ahead();
   }
   // in that of the second, backwards,
   template <class T>
-  Ahead<T> ahead_backwards(const T* x, std::int64_t block) const {
-    if (x == nullptr) return {nullptr, nullptr};
-    return ahead_to(x, block, block > 0 ? block - 1 : block);
+  Ahead ahead_backwards(std::int64_t block) const {
+    return ahead_to<T>(block > 0, -between_samples);
   }
   // and of what the first pass has read.
   template <class T>
-  Ahead<T> ahead_again(const Grid& grid, const T* x, std::int64_t block) const {
-    if (!grid.streaming || grid.summed_before) return {nullptr, nullptr};
-    const T* end = x + offset(block) + run_length();
-    return {end, end};
+  Ahead ahead_again(const Grid& grid, std::int64_t) const {
+    if (!grid.streaming || grid.summed_before) return {};
+    return {run_length(), 0, prefetch_distance<T>};
   }
 
  private:
   template <class T>
-  Ahead<T> ahead_to(const T* x, std::int64_t block, std::int64_t next) const {
-    const T* end = x + offset(block) + run_length();
-    return ahead_of(end, next == block ? end : x + offset(next), run_length());
+  Ahead ahead_to(bool exists, std::int64_t to_next) const {
+    return ahead_in_run<T>(run_length(), exists ? to_next : run_length());
   }
 
   std::int64_t between_samples, between_noted, first_noted, start;
@@ -590,7 +586,7 @@ class MomentTile {
     Sums* home;  // where they belong
     const S* from;
     std::int64_t i, channel_end, channel_length, length;
-    Ahead<S> ahead;
+    Ahead ahead;
     Ones ones;
 
     static constexpr std::int64_t step = units_on_the_way * Sums::unit * lanes;
@@ -615,10 +611,11 @@ class MomentTile {
     BNEXT_INLINE void end_of_run() {}
   };
   BNEXT_INLINE Run run(std::int64_t block) {
-    if (block >= runs_.blocks)
-      return {sums_[0], nullptr, x_, never, never, 0, 0, {nullptr, nullptr}, ones_};
-    return {sums_[0],     &sums_[0],          x_ + runs_.offset(block),      0,    runs_.length,
-            runs_.length, runs_.run_length(), runs_.ahead(grid_, x_, block), ones_};
+    if (block >= runs_.blocks) return {sums_[0], nullptr, x_, never, never, 0, 0, {}, ones_};
+    return {
+        sums_[0],     &sums_[0],    x_ + runs_.offset(block), 0,
+        runs_.length, runs_.length, runs_.run_length(),       runs_.template ahead<S>(grid_, block),
+        ones_};
   }
   void add_all() { add_blocks_from(0); }
   void add_blocks_from(std::int64_t block) {
@@ -627,7 +624,7 @@ class MomentTile {
                       Sums sums = sums_[c];
                       for (std::int64_t b = first; b < last; ++b) {
                         const S* from = x_ + runs_.offset(b);
-                        const Ahead<S> ahead = runs_.ahead(grid_, x_, b);
+                        const Ahead ahead = runs_.template ahead<S>(grid_, b);
                         const std::int64_t end = (c + 1) * runs_.length;
                         for (std::int64_t i = c * runs_.length; i < end; i += some_values) {
                           const std::int64_t count = end - i < some_values ? end - i : some_values;
@@ -664,9 +661,9 @@ class MomentTile {
  private:
   // `count` values from element i of a run on: fewer than a pack only where a channel ends.
   static BNEXT_INLINE void add_values(Sums& sums, const S* from, std::int64_t i, std::int64_t count,
-                                      const Ahead<S>& ahead, Ones ones) {
+                                      const Ahead& ahead, Ones ones) {
     const std::int64_t rest = count % lanes, whole = count - rest;
-    const S* to_fetch = ahead.of(from + i);
+    const S* to_fetch = unknown(from + ahead.of(i));
     sums.add(from + i, to_fetch, count / lanes, ones);
     if (rest == 0) return;
     fetch_pack(to_fetch + whole, 0);
@@ -716,7 +713,6 @@ class GradTile {
         runs_(runs),
         grad_y_(grad_y),
         x_(x),
-        residual_(static_cast<const S*>(fusion.residual)),
         forward_(forward + runs.first_channel),
         ones_(unknown_ones()),
         tail_(fusion) {
@@ -731,7 +727,7 @@ class GradTile {
     const F* f;
     const S *g, *x;
     std::int64_t i, channel_end, channel_length, length;
-    Ahead<S> ahead_g, ahead_x;
+    Ahead ahead;
     Ones ones;
 
     static constexpr std::int64_t step =
@@ -750,7 +746,7 @@ class GradTile {
     BNEXT_INLINE void add(Sums& to, std::int64_t count) {
       tail.fetch(i, count);
       tail.ready(i, count);
-      add_values(to, tail, *f, g, x, i, count, ahead_g, ahead_x, ones);
+      add_values(to, tail, *f, g, x, i, count, ahead, ones);
       i += count;
     }
     BNEXT_INLINE void next_channel() { ++f; }
@@ -760,8 +756,8 @@ class GradTile {
     const bool exists = block < runs_.blocks;
     if (!exists) block = 0;
     const std::int64_t offset = runs_.offset(block);
-    return {tail_.run(offset, runs_.run_length(), runs_.noted(block),
-                      runs_.ahead(grid_, residual_, block)),
+    const Ahead ahead = runs_.template ahead<S>(grid_, block);
+    return {tail_.run(offset, runs_.run_length(), runs_.noted(block), ahead),
             sums_[0],
             &sums_[0],
             forward_,
@@ -771,8 +767,7 @@ class GradTile {
             exists ? runs_.length : never,
             runs_.length,
             runs_.run_length(),
-            runs_.ahead(grid_, grad_y_, block),
-            runs_.ahead(grid_, x_, block),
+            ahead,
             ones_};
   }
   void add_all() { add_blocks_from(0); }
@@ -782,15 +777,13 @@ class GradTile {
                       [&](std::int64_t c, std::int64_t first, std::int64_t last) {
                         Sums sums = sums_[c];
                         for (std::int64_t b = first; b < last; ++b) {
-                          auto tail = tail_.run(0, 0, 0, {nullptr, nullptr});
+                          auto tail = tail_.run(0, 0, 0, {});
                           const S *g = grad_y_ + runs_.offset(b), *x = x_ + runs_.offset(b);
-                          const Ahead<S> ahead_g = runs_.ahead(grid_, grad_y_, b);
-                          const Ahead<S> ahead_x = runs_.ahead(grid_, x_, b);
+                          const Ahead ahead = runs_.template ahead<S>(grid_, b);
                           const std::int64_t end = (c + 1) * runs_.length;
                           for (std::int64_t i = c * runs_.length; i < end; i += some_values)
                             add_values(sums, tail, forward_[c], g, x, i,
-                                       end - i < some_values ? end - i : some_values, ahead_g,
-                                       ahead_x, ones_);
+                                       end - i < some_values ? end - i : some_values, ahead, ones_);
                         }
                         sums_[c] = sums;
                       });
@@ -809,8 +802,9 @@ class GradTile {
   // As MomentTile's.
   static BNEXT_INLINE void add_values(Sums& sums, typename Tail::Run& tail, const F& f, const S* g,
                                       const S* x, std::int64_t i, std::int64_t count,
-                                      const Ahead<S>& ahead_g, const Ahead<S>& ahead_x, Ones ones) {
-    const S *to_fetch_g = ahead_g.of(g + i), *to_fetch_x = ahead_x.of(x + i);
+                                      const Ahead& ahead, Ones ones) {
+    const std::int64_t at = ahead.of(i);
+    const S *to_fetch_g = unknown(g + at), *to_fetch_x = unknown(x + at);
     const F coefficients = f;
     const auto f_at = [&](auto) __attribute__((always_inline)) { return coefficients; };
     const auto gradient = [&](auto at) __attribute__((always_inline)) {
@@ -842,7 +836,7 @@ class GradTile {
 
   const Grid& grid_;
   const Runs runs_;
-  const S *grad_y_, *x_, *residual_;
+  const S *grad_y_, *x_;
   const F* forward_;
   Ones ones_;
   Tail tail_;
@@ -965,15 +959,14 @@ class ColumnRuns {
     return first_noted_ + words * mask_word_bytes;
   }
   template <class T>
-  Ahead<T> ahead_backwards(const T* x, std::int64_t block) const {
-    if (x == nullptr) return {nullptr, nullptr};
-    const T* end = x + offset(block) + length_of(block);
-    return ahead_of(end, block > 0 ? x + offset(block - 1) : end, length_of(block));
+  Ahead ahead_backwards(std::int64_t block) const {
+    const std::int64_t length = length_of(block);
+    return ahead_in_run<T>(length, block > 0 ? -rows_ * width_ : length);
   }
   template <class T>
-  Ahead<T> ahead_again(const Grid& grid, const T* x, std::int64_t block) const {
-    if (!grid.streaming || grid.summed_before) return {nullptr, nullptr};
-    return ahead_backwards(x, block);
+  Ahead ahead_again(const Grid& grid, std::int64_t block) const {
+    if (!grid.streaming || grid.summed_before) return {};
+    return ahead_backwards<T>(block);
   }
 
  private:
@@ -1196,7 +1189,7 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
         const auto run_of = [&](std::int64_t k) {
           if (k >= count) k = 0;
           return tail.run(first + k * grid.width, width,
-                          all.noted_of_row(r + k - grid.first_row(chunk)), {nullptr, nullptr});
+                          all.noted_of_row(r + k - grid.first_row(chunk)), {});
         };
         typename Tail::Run runs[own] = {run_of(0), run_of(1), run_of(2), run_of(3)};
         for (std::int64_t k = 0; k < count && k < own; ++k) runs[k].ready(0, width);
@@ -1245,19 +1238,17 @@ BNEXT_INLINE void write_runs(const Grid& grid, const Runs& runs, const Channels&
                              const S* const (&from)[inputs], const Fusion& fusion, S* to,
                              Tile& next, Value value) {
   Tail tail(fusion);
-  const auto* residual = static_cast<const S*>(fusion.residual);
   for (std::int64_t b = runs.blocks; b-- > 0;) {
     const std::int64_t offset = runs.offset(b), length = runs.length_of(b);
-    Ahead<S> ahead[inputs];
-    for (int k = 0; k < inputs; ++k) ahead[k] = runs.ahead_again(grid, from[k], b);
-    auto run = tail.run(offset, length, runs.noted(b), runs.ahead_backwards(residual, b));
+    const Ahead ahead = runs.template ahead_again<S>(grid, b);
+    auto run = tail.run(offset, length, runs.noted(b), runs.template ahead_backwards<S>(b));
     auto summed = next.run(runs.blocks - 1 - b);
     write<much, Runs::any_order && !Tail::adds>(
         to + offset, length, runs.channel_length(b), grid.streaming, channels,
         [&](const auto& coefficients, auto at)
             __attribute__((always_inline)) { return value(run, coefficients, at, offset); },
         [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-          for (int k = 0; k < inputs; ++k) ahead[k].fetch(from[k] + offset + i, count);
+          for (const S* x : from) ahead.fetch(x + offset, i, count);
           run.fetch(i, count);
           run.ready(i, count);
           summed.add_until(i + count);

@@ -253,7 +253,7 @@ void dropout(const DropoutArgs& a, std::int64_t first, std::int64_t end, bool st
   SharedBits shared(a.map);
   const S* from = x + first;
   // Elements are asked for in bursts, between which the processor alone would not fetch any.
-  const Ahead<S> ahead{x + a.size, x};
+  const Ahead ahead{a.size - first, -a.size, prefetch_distance<S>};
 
   constexpr std::int64_t batch = SharedBits::batch;
   std::uint8_t kept[dropout_run / 8 + 4];  // Bits reads on
@@ -274,7 +274,7 @@ void dropout(const DropoutArgs& a, std::int64_t first, std::int64_t end, bool st
     write<false, true>(y + first, end - first, end - first, streaming,
                        one_channel([](auto) { return 0; }), value,
                        [&](std::int64_t e, std::int64_t n) __attribute__((always_inline)) {
-                         ahead.fetch(from + e, n);
+                         ahead.fetch(from, e, n);
                          bits.vectors_from(e);
                          while (drawn < e + n) draw();
                        });

@@ -76,7 +76,7 @@ class Plain {
       return Epilogue::gradient(g, normalised(), bounds);
     }
   };
-  BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead<S>) { return {bounds_}; }
+  BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead) { return {bounds_}; }
   double scale_of_sums() const { return 1; }
 
  private:
@@ -129,7 +129,7 @@ class General {
    public:
     static constexpr bool invertible = !Knowledge::known;
 
-    Run(General& of, std::int64_t first, std::int64_t length, std::int64_t noted, Ahead<S> ahead)
+    Run(General& of, std::int64_t first, std::int64_t length, std::int64_t noted, Ahead ahead)
         : of_(of),
           first_(first),
           end_(first + length),
@@ -166,7 +166,7 @@ class General {
       while (drawn_ * mask_word_size < first_ + i + count) draw();
     }
     BNEXT_INLINE void fetch(std::int64_t i, std::int64_t count) const {
-      if (residual_ != nullptr) ahead_.fetch(residual_ + i, count);
+      if (residual_ != nullptr) ahead_.fetch(residual_, i, count);
     }
     // After the last element.
     BNEXT_INLINE void finish() {
@@ -310,7 +310,7 @@ class General {
     std::int64_t first_, end_;
     std::int64_t drawn_;  // up to this word of the mask
     const S* residual_;
-    Ahead<S> ahead_;
+    Ahead ahead_;
     Activation activation_;
     T slope_, scale_, inverse_;
     bool inverted_, may_drop_, recording_;
@@ -318,8 +318,7 @@ class General {
     std::uint64_t word_ = 0;
     std::int64_t filled_ = 0, words_ = 0;
   };
-  BNEXT_INLINE Run run(std::int64_t first, std::int64_t length, std::int64_t noted,
-                       Ahead<S> ahead) {
+  BNEXT_INLINE Run run(std::int64_t first, std::int64_t length, std::int64_t noted, Ahead ahead) {
     return Run(*this, first, length, noted, ahead);
   }
   double scale_of_sums() const { return scaling_sums ? static_cast<double>(scale_) : 1; }

@@ -559,6 +559,11 @@ BNEXT_INLINE T unknown(T value) {
 #endif
   return value;
 }
+template <class T>
+BNEXT_INLINE const T* unknown(const T* value) {
+  __asm__("" : "+r"(value));
+  return value;
+}
 
 // a + b, by units that multiply, which have nothing to do where those that add have too much.
 using Ones = f64v;
@@ -817,23 +822,20 @@ BNEXT_INLINE void fetch(const T* p, std::int64_t count) {
   __asm__ volatile("");
 }
 
-// Fetches what lies `distance` elements after p, where p runs through blocks of memory no shorter
-// than that: what would lie after the end of this block lies at the start of the next one instead.
-// Null: nothing to fetch.
-template <class T>
+// What is to be fetched for element i of a block of memory: that which lies `distance` elements
+// after it. Past the end of the block, `jump` elements further, in the next one, lies what comes
+// then; blocks are no shorter than the distance. No distance: nothing is to be fetched.
 struct Ahead {
-  const T* end;
-  const T* next;
-  std::int64_t distance = prefetch_distance<T>;
+  std::int64_t end = 0, jump = 0, distance = 0;
 
-  BNEXT_INLINE void fetch(const T* p, std::int64_t count) const {
-    if (next != nullptr) bnext::fetch(of(p), count);
+  // Where that lies: at i itself, where there is nothing.
+  BNEXT_INLINE std::int64_t of(std::int64_t i) const {
+    i += distance;
+    return i >= end ? i + jump : i;
   }
-  // Where what is to be fetched for p lies: at p itself, where nothing is.
-  BNEXT_INLINE const T* of(const T* p) const {
-    if (next == nullptr) return unknown(p);
-    const T* q = p + distance;
-    return unknown(q >= end ? next + (q - end) : q);
+  template <class T>
+  BNEXT_INLINE void fetch(const T* block, std::int64_t i, std::int64_t count) const {
+    if (distance > 0) bnext::fetch(block + of(i), count);
   }
 };
 
