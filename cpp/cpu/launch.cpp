@@ -70,8 +70,8 @@ Path path_of(const Fusion& f, bool residual, bool more) {
   const bool dropping = f.dropout.threshold > 0;
   const bool alone = !residual && !dropping && !more;
   if (alone && f.activation == Activation::none) return Path::none;
-  if (alone && (f.activation == Activation::relu || f.activation == Activation::relu6))
-    return Path::clip;
+  if (alone && f.activation == Activation::relu) return Path::relu;
+  if (alone && f.activation == Activation::relu6) return Path::relu6;
   if (f.activation != Activation::relu || (residual && dropping) || (more && !residual))
     return Path::general;
   return residual ? Path::residual_and_relu : Path::relu_and_dropout;

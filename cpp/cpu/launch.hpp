@@ -19,8 +19,8 @@ constexpr bool sums_have_origin = sizeof(S) != 4;
 
 // How what follows the normalisation is computed: what is frequent and costs next to nothing has
 // loops of its own.
-enum class Path { none, clip, relu_and_dropout, residual_and_relu, general };
-constexpr int paths = 5;
+enum class Path { none, relu, relu6, relu_and_dropout, residual_and_relu, general };
+constexpr int paths = 6;
 
 // Elements that one call of `dropout` takes at most.
 constexpr std::int64_t dropout_run = 32768;

@@ -20,6 +20,10 @@ struct Table {
   using None = Plain<S, epilogue::none>;
   template <Mask mask>
   using Clip = typename Choice<worth_it, Plain<S, clip>, Any<mask>>::type;
+  // A limit that is none costs backward a comparison in both passes.
+  template <Mask mask>
+  using ReluBack =
+      typename Choice<sizeof(S) == 4 && !compact, Plain<S, epilogue::relu>, Clip<mask>>::type;
   template <Mask mask, bool residual>
   using ReluAnd =
       typename Choice<worth_it, General<S, mask, Known<positive_part, residual, !residual>>,
@@ -36,13 +40,13 @@ struct Table {
                                                            grad_sums_next<S, Tail>};
   static constexpr Kernels<S> kernels{
       moments<S>,
-      {forward<None>, forward<Clip<drawn>>, forward<Dropout<drawn>>, forward<Residual<drawn>>,
-       forward<Any<drawn>>},
-      {grad_sums<S, None>, grad_sums<S, Clip<noted>>, grad_sums<S, Dropout<noted>>,
-       grad_sums<S, Residual<noted>>, grad_sums<S, Any<noted>>},
-      {backward<None, None>, backward<Clip<again>, Clip<noted>>,
-       backward<Dropout<again>, Dropout<noted>>, backward<Residual<again>, Residual<noted>>,
-       backward<Any<again>, Any<noted>>},
+      {forward<None>, forward<Clip<drawn>>, forward<Clip<drawn>>, forward<Dropout<drawn>>,
+       forward<Residual<drawn>>, forward<Any<drawn>>},
+      {grad_sums<S, None>, grad_sums<S, ReluBack<noted>>, grad_sums<S, Clip<noted>>,
+       grad_sums<S, Dropout<noted>>, grad_sums<S, Residual<noted>>, grad_sums<S, Any<noted>>},
+      {backward<None, None>, backward<ReluBack<again>, ReluBack<noted>>,
+       backward<Clip<again>, Clip<noted>>, backward<Dropout<again>, Dropout<noted>>,
+       backward<Residual<again>, Residual<noted>>, backward<Any<again>, Any<noted>>},
       dropout<S>};
 };
 
