@@ -1180,8 +1180,9 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = products[w] = 0;
   Tail tail(fusion);
 
-  // Rows that have something of their own have it in registers, or nearly so.
-  constexpr int own = 4, row_block = Tail::plain ? 8 : own;
+  // As many rows as have something of their own in registers, or nearly so, and of both tensors no
+  // more lines than a set of the first cache has: rows of 2^n bytes all want the same one.
+  constexpr int row_block = 4;
   for_each_rows<row_block>(
       grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
         const std::int64_t first = r * grid.width + columns.first;
@@ -1191,8 +1192,8 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
           return tail.run(first + k * grid.width, width,
                           all.noted_of_row(r + k - grid.first_row(chunk)), {});
         };
-        typename Tail::Run runs[own] = {run_of(0), run_of(1), run_of(2), run_of(3)};
-        for (std::int64_t k = 0; k < count && k < own; ++k) runs[k].ready(0, width);
+        typename Tail::Run runs[row_block] = {run_of(0), run_of(1), run_of(2), run_of(3)};
+        for (std::int64_t k = 0; k < count; ++k) runs[k].ready(0, width);
         for_each_columns<S, Sums::unit, !compact && Tail::plain>(
             width, count, total, products,
             [&](std::int64_t w, std::int64_t some) {
