@@ -158,6 +158,23 @@ def test_same_bits_for_any_number_of_threads(backend, case, dtype, restore_threa
     assert results[0] == results[1] == results[2]
 
 
+def test_same_bits_where_threads_take_large_channels_together(backend, restore_threads):
+    x = data((40, 2, 128, 128), 1)  # 5 MB a channel, the gradient included
+    grad_y, residual = np.cos(x), np.sin(x)
+    weight, bias = parameters(2)
+    results = []
+    for threads in (1, 2, 4):
+        bnext.set_num_threads(threads)
+        y, saved = F.batch_norm_forward(x, weight, bias)
+        grads = F.batch_norm_backward(grad_y, saved)
+        outputs = [y, saved.mean, saved.var, grads.x, grads.weight, grads.bias]
+        y, saved = F.batch_norm_forward(x, weight, bias, residual=residual, activation="relu")
+        grads = F.batch_norm_backward(grad_y, saved)
+        outputs += [y, grads.x, grads.residual]
+        results.append([output.tobytes() for output in outputs])
+    assert results[0] == results[1] == results[2]
+
+
 @each_bits
 def test_same_bits_on_every_backend(case, dtype):
     results = []

@@ -72,11 +72,11 @@ Grid make_grid(const Problem& p, std::int64_t tensors, std::int64_t item) {
         grid.streaming = false;
     }
     grid.groups = divide_up(p.c, grid.group_channels);
+    grid.group_inputs = grid.group_channels * (channel_bytes / tensors) * (tensors - 1);
     // Two groups at a time, for each of some threads; results are not in the cache then. Where it
     // holds the inputs there is nothing to hide.
-    grid.sum_next =
-        grid.streaming && tensors * p.size() * item > cache_bytes() &&
-        grid.group_channels * (channel_bytes / tensors) * (tensors - 1) <= cache_bytes() / 8;
+    grid.sum_next = grid.streaming && tensors * p.size() * item > cache_bytes() &&
+                    grid.group_inputs <= cache_bytes() / 8;
     grid.rows = p.n;
     grid.pieces = divide_up(p.s, chunk_values);
     grid.cut(std::max<std::int64_t>(1, chunk_values / p.s));

@@ -35,6 +35,7 @@ struct Grid {
   std::int64_t replicas;        // columns
   std::int64_t group_channels;  // channels of every group but perhaps the last
   std::int64_t groups;
+  std::int64_t group_inputs;    // rows: bytes that are read of a group
   std::int64_t rows_per_chunk;  // of every chunk but perhaps the last
   std::int64_t pieces;          // rows: of each sample; more than 1 only with 1 row a chunk
   std::int64_t chunks;

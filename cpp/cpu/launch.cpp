@@ -97,11 +97,21 @@ std::int64_t pieces_of(std::int64_t channels) {
   return (channels + channels_of_a_piece - 1) / channels_of_a_piece;
 }
 template <class Body>
-auto for_piece_of(std::int64_t channels, Body& body) {
-  return [channels, &body](std::int64_t piece) {
-    const std::int64_t begin = piece * channels_of_a_piece;
-    for (std::int64_t c = begin; c < std::min(begin + channels_of_a_piece, channels); ++c) body(c);
+auto for_piece_of(std::int64_t first, std::int64_t last, Body& body) {
+  return [first, last, &body](std::int64_t piece) {
+    const std::int64_t begin = first + piece * channels_of_a_piece;
+    for (std::int64_t c = begin; c < std::min(begin + channels_of_a_piece, last); ++c) body(c);
   };
+}
+
+// Whether all threads take one group after another: what a group reads twice is then in the last
+// cache once, not as often as there are threads, or groups. The parts of a group must be enough to
+// share out. Measured, docs/performance.md.
+bool one_by_one(const Grid& grid) {
+  constexpr std::int64_t parts_of_a_thread = 8;
+  const std::int64_t threads = num_threads();
+  return grid.chunks >= parts_of_a_thread * threads &&
+         grid.group_inputs * threads > cache_bytes() / 8;
 }
 
 // prepare(channel), then reduce(group, chunk) for every tile, then finish(channel), then
@@ -115,11 +125,12 @@ void reduce_then_apply(Grid& grid, Prepare prepare, Reduce reduce, Finish finish
   };
   // Enough groups to share out: each is taken through all three steps while it is in cache. The
   // second pass goes backwards, since what the first read last is still there.
-  const bool by_groups = grid.chunks == 1 || grid.groups >= 4 * num_threads();
-  grid.sum_next = grid.sum_next && by_groups;
-  grid.summed_before = by_groups;
-  grid.fetch_rows = grid.fetch_rows && !by_groups;
-  if (by_groups) {
+  const bool together = one_by_one(grid);
+  const bool shared_out = !together && (grid.chunks == 1 || grid.groups >= 4 * num_threads());
+  grid.sum_next = grid.sum_next && shared_out;
+  grid.summed_before = shared_out;
+  grid.fetch_rows = grid.fetch_rows && !shared_out;
+  if (shared_out) {
     parallel_shares(grid.groups, work, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t group = begin; group < end; ++group) {
         const bool next = grid.sum_next && group + 1 < end;
@@ -134,17 +145,22 @@ void reduce_then_apply(Grid& grid, Prepare prepare, Reduce reduce, Finish finish
     });
     return;
   }
-  const std::int64_t tiles = grid.groups * grid.chunks;
-  auto reduce_tile = [&](std::int64_t tile) { reduce(tile % grid.groups, tile / grid.groups); };
-  auto apply_tile = [&](std::int64_t tile) {
-    apply(tile % grid.groups, tile / grid.groups, false);
+  const auto take = [&](std::int64_t first, std::int64_t groups) {
+    const std::int64_t tiles = groups * grid.chunks;
+    auto reduce_tile = [&](std::int64_t tile) { reduce(first + tile % groups, tile / groups); };
+    auto apply_tile = [&](std::int64_t tile) {
+      apply(first + tile % groups, tile / groups, false);
+    };
+    const std::int64_t begin = grid.first_channel(first);
+    const std::int64_t end = grid.last_channel(first + groups - 1), pieces = pieces_of(end - begin);
+    auto prepare_piece = for_piece_of(begin, end, prepare);
+    auto finish_piece = for_piece_of(begin, end, finish);
+    const Phase phases[] = {phase(pieces, prepare_piece), phase(tiles, reduce_tile),
+                            phase(pieces, finish_piece), phase(tiles, apply_tile, true)};
+    parallel_phases(work, phases, 4);
   };
-  const std::int64_t channels = grid.problem.c, pieces = pieces_of(channels);
-  auto prepare_piece = for_piece_of(channels, prepare);
-  auto finish_piece = for_piece_of(channels, finish);
-  const Phase phases[] = {phase(pieces, prepare_piece), phase(tiles, reduce_tile),
-                          phase(pieces, finish_piece), phase(tiles, apply_tile, true)};
-  parallel_phases(work, phases, 4);
+  const std::int64_t at_once = together ? 1 : grid.groups;
+  for (std::int64_t group = 0; group < grid.groups; group += at_once) take(group, at_once);
 }
 
 }  // namespace
@@ -274,7 +290,7 @@ void launch(const BatchNormInferenceArgs& a, const Kernels<S>& kernels) {
     apply.run(grid, tile % grid.groups, tile / grid.groups, static_cast<const S*>(a.x), forward,
               a.fusion, static_cast<S*>(a.y), nullptr);
   };
-  auto prepare_piece = for_piece_of(channels, prepare);
+  auto prepare_piece = for_piece_of(0, channels, prepare);
   const Phase phases[] = {phase(pieces_of(channels), prepare_piece),
                           phase(grid.groups * grid.chunks, apply_tile)};
   parallel_phases(work_of(a.problem), phases, 2);
