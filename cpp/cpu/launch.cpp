@@ -123,9 +123,9 @@ void reduce_then_apply(Grid& grid, Prepare prepare, Reduce reduce, Finish finish
   const auto each_channel = [&](std::int64_t group, auto& body) {
     for (std::int64_t c = grid.first_channel(group); c < grid.last_channel(group); ++c) body(c);
   };
+  const bool together = one_by_one(grid);
   // Enough groups to share out: each is taken through all three steps while it is in cache. The
   // second pass goes backwards, since what the first read last is still there.
-  const bool together = one_by_one(grid);
   const bool shared_out = !together && (grid.chunks == 1 || grid.groups >= 4 * num_threads());
   grid.sum_next = grid.sum_next && shared_out;
   grid.summed_before = shared_out;
