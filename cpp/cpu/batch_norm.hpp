@@ -237,8 +237,9 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
     if constexpr (shifted) this->center = broadcast(static_cast<Addend>(origin));
   }
 
-  // `count` packs, of which gradient(i) and value(i) give the vector from element i on, as addends;
-  // fetch(k) is called once for each. A run is split after a multiple of `unit`.
+  // `count` packs, of which gradient(k, i) and value(k, i) give the vector from element i of the
+  // k-th on, as addends, also where that is in the next one; fetch(k) is called once for each. A
+  // run is split after a multiple of `unit`.
   template <class Gradient, class Value, class Fetch>
   BNEXT_INLINE void add(std::int64_t count, Gradient gradient, Value value, Fetch fetch,
                         Ones ones) {
@@ -247,12 +248,11 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
         [&](std::int64_t i, auto& total_lanes, auto& product_lanes,
             auto& more_lanes) __attribute__((always_inline)) {
           auto sum = total_lanes, sum_of_products = product_lanes, more = more_lanes;
-          const auto center = center_as<decltype(gradient(i))>();
-          const auto gradient_of = [&](std::int64_t k) __attribute__((always_inline)) {
-            return gradient(i + k * lanes);
-          };
+          const auto center = center_as<decltype(gradient(0, i))>();
+          const auto gradient_of = [&](std::int64_t k)
+                                       __attribute__((always_inline)) { return gradient(k, i); };
           const auto value_of = [&](std::int64_t k)
-                                    __attribute__((always_inline)) { return value(i + k * lanes); };
+                                    __attribute__((always_inline)) { return value(k, i); };
           if constexpr (narrow) {
             if (i == 0)
               for (std::int64_t k = 0; k < count; ++k) fetch(k);
@@ -264,10 +264,10 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
                 fetch(k);
                 fetch(k + 1);
               }
-              const auto a = gradient_of(k), b = gradient_of(k + 1);
+              const auto a = gradient(k, i), b = gradient(k, i + lanes);
               sum = add_by_multiplying(a + b, ones, sum);
-              sum_of_products = product_add(a, value_of(k), center, sum_of_products);
-              more = product_add(b, value_of(k + 1), center, more);
+              sum_of_products = product_add(a, value(k, i), center, sum_of_products);
+              more = product_add(b, value(k, i + lanes), center, more);
             }
             if (k < count) {
               if (i == 0) fetch(k);
@@ -294,9 +294,9 @@ struct GradientSums : Around<sums_have_origin<S>, Addend_> {
         [&](std::int64_t i, auto& sum, auto& sum_of_products) __attribute__((always_inline)) {
           if (i >= count) return;
           add_lanes(
-              1, [&](std::int64_t) __attribute__((always_inline)) { return gradient(i); },
-              [&](std::int64_t) __attribute__((always_inline)) { return value(i); },
-              center_as<decltype(gradient(i))>(), sum, sum_of_products);
+              1, [&](std::int64_t) __attribute__((always_inline)) { return gradient(0, i); },
+              [&](std::int64_t) __attribute__((always_inline)) { return value(0, i); },
+              center_as<decltype(gradient(0, i))>(), sum, sum_of_products);
         },
         total, products);
   }
@@ -372,6 +372,22 @@ BNEXT_INLINE Addends<A, S> value_addends(P at, const Run& run, const S* x) {
   else
     return addends_at<A>(at, x);
 }
+
+// z = (mean - x) minus_scale + shift of some x, when it is asked for.
+template <class F, class V>
+struct Normalised {
+  const F& f;
+  const V x;
+
+  BNEXT_INLINE V operator()() const { return apply(f, x); }
+  // z <= 0, without the addition: no rounding of a sum changes its sign.
+  BNEXT_INLINE auto not_positive() const { return (f.mean - x) * f.minus_scale <= -f.shift - V{}; }
+};
+template <class F, class V>
+BNEXT_INLINE Normalised<F, V> normalised(const F& f, V x) {
+  return {f, x};
+}
+
 // The gradients at the normalised values of a place. f gives its coefficients, g and x point to
 // gradients at results and to values.
 template <class A, class Tail, class P, class S, class Coefficients>
@@ -380,8 +396,8 @@ BNEXT_INLINE Addends<A, S> gradient_addends(P at, const typename Tail::Run& run,
   if constexpr (Tail::linear) {
     return addends_at<A>(at, g);
   } else {
-    const auto v = run.gradient(
-        at(g), at, [&]() __attribute__((always_inline)) { return apply(f(at), run.input(at(x))); });
+    const auto& coefficients = f(at);
+    const auto v = run.gradient(at(g), at, normalised(coefficients, run.input(at(x))));
     return addends<A>(P::whole ? v : first_lanes_of(v, at.count, decltype(v){}));
   }
 }
@@ -772,24 +788,26 @@ class GradTile {
   }
   void add_all() { add_blocks_from(0); }
   void add_blocks_from(std::int64_t block) {
-    if constexpr (Tail::plain) {
+    if constexpr (!Tail::draws) {
       runs_.each_some(block, grid_.streaming ? 4 : 16,
                       [&](std::int64_t c, std::int64_t first, std::int64_t last) {
                         Sums sums = sums_[c];
                         for (std::int64_t b = first; b < last; ++b) {
-                          auto tail = tail_.run(0, 0, 0, {});
-                          const S *g = grad_y_ + runs_.offset(b), *x = x_ + runs_.offset(b);
-                          const Ahead ahead = runs_.template ahead<S>(grid_, b);
-                          const std::int64_t end = (c + 1) * runs_.length;
-                          for (std::int64_t i = c * runs_.length; i < end; i += some_values)
-                            add_values(sums, tail, forward_[c], g, x, i,
-                                       end - i < some_values ? end - i : some_values, ahead, ones_);
+                          auto tail = tail_of(b);
+                          add_channel(sums, tail, c, b);
                         }
                         sums_[c] = sums;
                       });
     } else {
-      // In the order of memory, in which masks are drawn for some values at once.
-      for (; block < runs_.blocks; ++block) run(block).finish();
+      for (; block < runs_.blocks; ++block) {
+        auto tail = tail_of(block);
+        for (std::int64_t c = 0; c < runs_.channels; ++c) {
+          Sums sums = sums_[c];
+          add_channel(sums, tail, c, block);
+          sums_[c] = sums;
+        }
+        tail.finish();
+      }
     }
   }
   void store(std::int64_t chunk, GradSums* partials) const {
@@ -799,6 +817,23 @@ class GradTile {
   }
 
  private:
+  BNEXT_INLINE typename Tail::Run tail_of(std::int64_t block) {
+    return tail_.run(runs_.offset(block), runs_.run_length(), runs_.noted(block),
+                     runs_.template ahead<S>(grid_, block));
+  }
+  // The values that a channel has in a block.
+  BNEXT_INLINE void add_channel(Sums& sums, typename Tail::Run& tail, std::int64_t c,
+                                std::int64_t block) const {
+    const S *g = grad_y_ + runs_.offset(block), *x = x_ + runs_.offset(block);
+    const Ahead ahead = runs_.template ahead<S>(grid_, block);
+    const std::int64_t end = (c + 1) * runs_.length;
+    for (std::int64_t i = c * runs_.length; i < end; i += some_values) {
+      const std::int64_t count = end - i < some_values ? end - i : some_values;
+      tail.fetch(i, count);
+      tail.ready(i, count);
+      add_values(sums, tail, forward_[c], g, x, i, count, ahead, ones_);
+    }
+  }
   // As MomentTile's.
   static BNEXT_INLINE void add_values(Sums& sums, typename Tail::Run& tail, const F& f, const S* g,
                                       const S* x, std::int64_t i, std::int64_t count,
@@ -814,10 +849,15 @@ class GradTile {
       return value_addends<Addend>(at, tail, x);
     };
     const std::int64_t rest = count % lanes, last = i + count - rest;
+    const auto place = [&](std::int64_t k, std::int64_t element) __attribute__((always_inline)) {
+      return Place<S>{i + k * lanes + element, element};
+    };
     sums.add(
         count / lanes,
-        [&](std::int64_t k) __attribute__((always_inline)) { return gradient(Place<S>{i + k, k}); },
-        [&](std::int64_t k) __attribute__((always_inline)) { return value(Place<S>{i + k, k}); },
+        [&](std::int64_t k, std::int64_t element)
+            __attribute__((always_inline)) { return gradient(place(k, element)); },
+        [&](std::int64_t k, std::int64_t element)
+            __attribute__((always_inline)) { return value(place(k, element)); },
         [&](std::int64_t k) __attribute__((always_inline)) {
           fetch_pack(to_fetch_g + k * lanes, k);
           fetch_pack(to_fetch_x + k * lanes, k);
@@ -826,12 +866,15 @@ class GradTile {
     if (rest == 0) return;
     fetch_pack(to_fetch_g + count - rest, 0);
     fetch_pack(to_fetch_x + count - rest, 0);
-    const auto place = [&](std::int64_t k) __attribute__((always_inline)) {
-      return PartialPlace<S>{last + k, rest - k};
+    const auto last_place = [&](std::int64_t element) __attribute__((always_inline)) {
+      return PartialPlace<S>{last + element, rest - element};
     };
     sums.add_first(
-        rest, [&](std::int64_t k) __attribute__((always_inline)) { return gradient(place(k)); },
-        [&](std::int64_t k) __attribute__((always_inline)) { return value(place(k)); });
+        rest,
+        [&](std::int64_t, std::int64_t element)
+            __attribute__((always_inline)) { return gradient(last_place(element)); },
+        [&](std::int64_t, std::int64_t element)
+            __attribute__((always_inline)) { return value(last_place(element)); });
   }
 
   const Grid& grid_;
@@ -1232,8 +1275,8 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
 // Writes value(run, coefficients, place, offset of the run) to each place of `to`, of a tile that
 // was last read forwards, with what it goes by asked for again. `next` is summed on the way: reads
 // of the one tile and writes of the other share memory better than either of them alone would use
-// it, and it hides the time of the sums. `much`: as of `write`.
-template <class S, class Tail, bool much, class Runs, class Channels, class Tile, class Value,
+// it, and it hides the time of the sums. `two`: as of `write`.
+template <class S, class Tail, bool two, class Runs, class Channels, class Tile, class Value,
           int inputs>
 BNEXT_INLINE void write_runs(const Grid& grid, const Runs& runs, const Channels& channels,
                              const S* const (&from)[inputs], const Fusion& fusion, S* to,
@@ -1244,7 +1287,7 @@ BNEXT_INLINE void write_runs(const Grid& grid, const Runs& runs, const Channels&
     const Ahead ahead = runs.template ahead_again<S>(grid, b);
     auto run = tail.run(offset, length, runs.noted(b), runs.template ahead_backwards<S>(b));
     auto summed = next.run(runs.blocks - 1 - b);
-    write<much, Runs::any_order && !Tail::adds>(
+    write<!Tail::known, two, Runs::any_order && !Tail::adds>(
         to + offset, length, runs.channel_length(b), grid.streaming, channels,
         [&](const auto& coefficients, auto at)
             __attribute__((always_inline)) { return value(run, coefficients, at, offset); },
@@ -1263,7 +1306,7 @@ BNEXT_INLINE void write_runs(const Grid& grid, const Runs& runs, const Channels&
 template <class S, class Tail, class Runs, class Channels, class Tile>
 void apply_runs(const Grid& grid, const Runs& runs, const Channels& channels, const S* x,
                 const Fusion& fusion, S* y, Tile& next) {
-  write_runs<S, Tail, !Tail::known>(
+  write_runs<S, Tail, false>(
       grid, runs, channels, {x}, fusion, y, next,
       [&](auto& run, const auto& affine, auto at, std::int64_t offset)
           __attribute__((always_inline)) { return run.value(apply(affine, at(x + offset)), at); });
@@ -1290,21 +1333,18 @@ void apply_columns(const Grid& grid, const ColumnRuns& runs, const S* x,
 template <class S, class Tail, class Runs, class Channels, class Tile>
 void apply_grad_runs(const Grid& grid, const Runs& runs, const Channels& channels, const S* grad_y,
                      const S* x, const Fusion& fusion, S* grad_x, S* grad_residual, Tile& next) {
-  write_runs<S, Tail, !Tail::known || Tail::adds>(
-      grid, runs, channels, {grad_y, x}, fusion, grad_x, next,
-      [&](auto& run, const auto& affine, auto at, std::int64_t offset)
-          __attribute__((always_inline)) {
-            const auto v = run.input(at(x + offset));
-            const auto through = run.gradient(
-                at(grad_y + offset), at,
-                [&]() __attribute__((always_inline)) { return apply(affine.forward, v); });
-            if constexpr (Tail::adds)
-              if (grad_residual != nullptr) at.write(through, grad_residual + offset);
-            auto backward = affine.backward;
-            // The same number, from which x is taken away once.
-            if constexpr (!Tail::linear && Tail::known) backward.x_mean = affine.forward.mean;
-            return apply(backward, through, v);
-          });
+  const auto value = [&](auto& run, const auto& affine, auto at,
+                         std::int64_t offset) __attribute__((always_inline)) {
+    const auto v = run.input(at(x + offset));
+    const auto through = run.gradient(at(grad_y + offset), at, normalised(affine.forward, v));
+    if constexpr (Tail::adds)
+      if (grad_residual != nullptr) at.write(through, grad_residual + offset);
+    auto backward = affine.backward;
+    // The same number, from which x is taken away once.
+    if constexpr (!Tail::linear && Tail::known) backward.x_mean = affine.forward.mean;
+    return apply(backward, through, v);
+  };
+  write_runs<S, Tail, Tail::adds>(grid, runs, channels, {grad_y, x}, fusion, grad_x, next, value);
 }
 
 template <class S, class Tail, class Tile>

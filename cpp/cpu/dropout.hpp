@@ -271,13 +271,13 @@ void dropout(const DropoutArgs& a, std::int64_t first, std::int64_t end, bool st
     drawn += batch;
   };
   const auto write_values = [&](auto value) __attribute__((always_inline)) {
-    write<false, true>(y + first, end - first, end - first, streaming,
-                       one_channel([](auto) { return 0; }), value,
-                       [&](std::int64_t e, std::int64_t n) __attribute__((always_inline)) {
-                         ahead.fetch(from, e, n);
-                         bits.vectors_from(e);
-                         while (drawn < e + n) draw();
-                       });
+    write<false, false, true>(y + first, end - first, end - first, streaming,
+                              one_channel([](auto) { return 0; }), value,
+                              [&](std::int64_t e, std::int64_t n) __attribute__((always_inline)) {
+                                ahead.fetch(from, e, n);
+                                bits.vectors_from(e);
+                                while (drawn < e + n) draw();
+                              });
   };
   // Not one loop for both: to add 0 is to change the sign of -0.
   if (shifted)

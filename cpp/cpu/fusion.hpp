@@ -2,6 +2,8 @@
 // loops over a run of values ask for each vector of them.
 #pragma once
 
+#include <type_traits>
+
 #include "bnext/batch_norm.hpp"
 #include "core/args.hpp"
 #include "core/math.hpp"
@@ -41,14 +43,25 @@ struct clip {
   }
 };
 
+// The gradient of a cheap epilogue at z, of which ReLU needs to know the sign alone.
+template <class Epilogue, class V, class Normalised, class T>
+BNEXT_INLINE V gradient_at(V g, Normalised z, T by) {
+  if constexpr (std::is_base_of<epilogue::relu, Epilogue>::value)
+    return z.not_positive() ? V{} : g;
+  else
+    return Epilogue::gradient(g, z(), by);
+}
+
 // An activation alone. `linear`: gradients pass as they are. `plain`: a run has nothing of its own.
 // `adds`: there may be a residual. `known`: takes little code, and its sums are of gradients with
-// no more digits than S, to be multiplied by scale_of_sums() at the end.
+// no more digits than S, to be multiplied by scale_of_sums() at the end. `draws`: there may be
+// masks, which are drawn in the order of memory.
 template <class S, class Epilogue>
 class Plain {
  public:
   using T = Compute<S>;
-  static constexpr bool linear = Epilogue::linear, plain = true, adds = false, known = true;
+  static constexpr bool linear = Epilogue::linear, plain = true, adds = false, known = true,
+                        draws = false;
 
   explicit Plain(const Fusion& f)
       : bounds_{unknown(T(0)),
@@ -72,8 +85,8 @@ class Plain {
       return Epilogue::value(z, bounds);
     }
     template <class V, class P, class Normalised>
-    BNEXT_INLINE V gradient(V g, P, Normalised normalised) const {
-      return Epilogue::gradient(g, normalised(), bounds);
+    BNEXT_INLINE V gradient(V g, P, Normalised z) const {
+      return gradient_at<Epilogue>(g, z, bounds);
     }
   };
   BNEXT_INLINE Run run(std::int64_t, std::int64_t, std::int64_t, Ahead) { return {bounds_}; }
@@ -114,7 +127,8 @@ class General {
  public:
   using T = Compute<S>;
   static constexpr bool linear = false, plain = false,
-                        adds = !Knowledge::known || Knowledge::residual, known = Knowledge::known;
+                        adds = !Knowledge::known || Knowledge::residual, known = Knowledge::known,
+                        draws = !Knowledge::known || Knowledge::dropping;
 
   explicit General(const Fusion& f)
       : fusion_(f),
@@ -142,11 +156,14 @@ class General {
           inverse_(1 / of.slope_),
           inverted_(of.fusion_.inverted),
           may_drop_(of.dropping_),
-          recording_(of.recording_) {
+          recording_(of.recording_),
+          next_(of.passed_),
+          filled_(static_cast<std::uint64_t>(first % 8)) {
       if (dropping())
         kept_ = {mask == Mask::drawn ? of.kept_ : of.fusion_.kept + noted, first % mask_word_size};
       if (of.fusion_.passes != nullptr && !recording_)
         passes_ = {of.fusion_.passes + first / 8, first % 8};
+      if (recording()) of.passed_[0] = 0;  // also the bits that are not of this run
     }
     Run(const Run&) = delete;
 
@@ -170,7 +187,7 @@ class General {
     }
     // After the last element.
     BNEXT_INLINE void finish() {
-      if (recording()) deposit(of_, words_, word_, first_, end_ - first_);
+      if (recording()) deposit(of_, first_, end_ - first_);
     }
 
     template <class V, class P>
@@ -181,11 +198,11 @@ class General {
         return value_here(z, at);
     }
     template <class V, class P, class Normalised>
-    BNEXT_INLINE V gradient(V g, P at, Normalised normalised) const {
+    BNEXT_INLINE V gradient(V g, P at, Normalised z) const {
       if constexpr (compact && !Knowledge::known)
-        return gradient_once(g, normalised(), at);
+        return gradient_once(g, z(), at);
       else
-        return gradient_here(g, at, normalised);
+        return gradient_here(g, at, z);
     }
 
    private:
@@ -198,9 +215,9 @@ class General {
       return may_drop_;
     }
     // Bits of what passes are written, or read.
-    BNEXT_INLINE bool recording() const {
-      return mask == Mask::drawn && (!Knowledge::known || Knowledge::residual) && recording_;
-    }
+    static constexpr bool may_record =
+        mask == Mask::drawn && (!Knowledge::known || Knowledge::residual);
+    BNEXT_INLINE bool recording() const { return may_record && recording_; }
     BNEXT_INLINE bool knowing() const {
       if constexpr (Knowledge::known) return Knowledge::residual;
       return passes_.bytes != nullptr;
@@ -218,7 +235,7 @@ class General {
       if (adding()) z = z + at(residual_);
       V y = with_epilogue([&](auto e) __attribute__((always_inline)) -> V {
         using Epilogue = decltype(e);
-        if constexpr (Epilogue::gated)
+        if constexpr (Epilogue::gated && may_record)
           if (recording()) record(mask_of_lanes(Epilogue::passes(z)), at);
         if constexpr (Epilogue::cheap) return Epilogue::value(z, slope_);
         return value_of_its_own<Epilogue>(z, slope_);
@@ -238,6 +255,7 @@ class General {
             const T leak = Epilogue::leak(slope_);
             return at.select(passes_, g, leak == 0 ? V{} : g * leak);
           }
+        if constexpr (Knowledge::known) return gradient_at<Epilogue>(g, normalised, slope_);
         V z = normalised();
         if (adding()) z = z + at(residual_);
         if constexpr (Epilogue::cheap) return Epilogue::gradient(g, z, slope_);
@@ -272,38 +290,41 @@ class General {
       drawn_ += count;
     }
 
+    // The lanes of a place that pass, after those of all places before, as they will lie in memory:
+    // whole bytes, where whole vectors begin with one.
     template <class P>
     BNEXT_INLINE void record(std::uint64_t passing, P at) {
-      if (at.count < vector_length<S>) passing &= (std::uint64_t{1} << at.count) - 1;
-      word_ |= passing << filled_;
-      filled_ += at.count;
-      if (filled_ < 64) return;
-      filled_ -= 64;
-      of_.words_[words_++] = word_;
-      word_ = filled_ > 0 ? passing >> (at.count - filled_) : 0;
+      constexpr std::int64_t length = vector_length<S>;
+      if constexpr (P::whole && length % 8 == 0)
+        if (__builtin_expect(filled_ == 0, true)) {
+          __builtin_memcpy(next_, &passing, length / 8);
+          next_ += length / 8;
+          return;
+        }
+      if (at.count < length) passing &= (std::uint64_t{1} << at.count) - 1;
+      std::uint64_t word;
+      __builtin_memcpy(&word, next_, sizeof word);
+      word = (word & ((std::uint64_t{1} << filled_) - 1)) | passing << filled_;
+      __builtin_memcpy(next_, &word, sizeof word);
+      filled_ += static_cast<std::uint64_t>(at.count);
+      next_ += filled_ / 8;
+      filled_ %= 8;
     }
 
-    // What has been recorded, to where it belongs, which may be anywhere in a byte. Bytes at the
-    // ends may have bits of other tiles, which other threads write. (Not of this object: then that
-    // would have an address, and could not stay in registers.)
-    static void deposit(General& of, std::int64_t words, std::uint64_t word, std::int64_t first,
-                        std::int64_t count) {
-      of.words_[words] = word;
-      of.words_[words + 1] = 0;
-      const std::int64_t shift = first % 8;
-      std::uint64_t carry = 0;
-      for (std::int64_t j = 0; j <= words + 1; ++j) {
-        const std::uint64_t next = of.words_[j];
-        of.words_[j] = next << shift | carry;
-        carry = shift > 0 ? next >> (64 - shift) : 0;
-      }
-      const auto* bytes = reinterpret_cast<const std::uint8_t*>(of.words_);
+    // What has been recorded, to where it belongs. A byte at an end may have bits of other tiles,
+    // which other threads write; only then is it locked, since that waits for all that has been
+    // streamed.
+    static void deposit(const General& of, std::int64_t first, std::int64_t count) {
       std::uint8_t* const to = of.fusion_.passes + first / 8;
-      const std::int64_t last = (shift + count - 1) / 8;
-      __atomic_fetch_or(to, bytes[0], __ATOMIC_RELAXED);
-      if (last == 0) return;
-      __builtin_memcpy(to + 1, bytes + 1, static_cast<std::size_t>(last - 1));
-      __atomic_fetch_or(to + last, bytes[last], __ATOMIC_RELAXED);
+      const std::int64_t end_bit = first % 8 + count;
+      std::int64_t begin = 0, end = end_bit / 8;
+      const auto add = [&](std::int64_t i) {
+        __atomic_fetch_or(to + i, of.passed_[i], __ATOMIC_RELAXED);
+      };
+      if (first % 8 > 0) add(begin++);
+      if (end_bit % 8 > 0 && end >= begin) add(end);
+      if (begin < end)
+        __builtin_memcpy(to + begin, of.passed_ + begin, static_cast<std::size_t>(end - begin));
     }
 
     General& of_;
@@ -315,8 +336,8 @@ class General {
     T slope_, scale_, inverse_;
     bool inverted_, may_drop_, recording_;
     Bits kept_, passes_;
-    std::uint64_t word_ = 0;
-    std::int64_t filled_ = 0, words_ = 0;
+    std::uint8_t* next_;    // what has been recorded, up to this byte
+    std::uint64_t filled_;  // and as many of its bits
   };
   BNEXT_INLINE Run run(std::int64_t first, std::int64_t length, std::int64_t noted, Ahead ahead) {
     return Run(*this, first, length, noted, ahead);
@@ -334,7 +355,7 @@ class General {
   MaskWords mask_;
   // Of one run: what is kept, and what passes.
   std::uint8_t kept_[mask == Mask::drawn ? mask_room(longest_run) : 1];
-  std::uint64_t words_[mask == Mask::drawn ? longest_run / 64 + 3 : 1];
+  std::uint8_t passed_[mask == Mask::drawn ? longest_run / 8 + 2 * sizeof(std::uint64_t) : 1];
 };
 
 }  // namespace

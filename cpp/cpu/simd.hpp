@@ -976,9 +976,9 @@ constexpr std::int64_t longest_step = 16 * line_length<S>;
 // begin of one. With `streaming` past the caches: worth it where nothing will read the result
 // before it would have left them anyway. channels.reach(i) and before(i, count) are called before
 // elements [i, i + count) are asked for, in rising order without gaps, at most longest_step at
-// once. `much`: the values take so much code that there should be few copies of it. `any_order`:
-// places may also be every other element.
-template <bool much, bool any_order, class S, class Channels, class Value, class Before>
+// once. `much`: the values take so much code that there should be few copies of it. `two`: value()
+// may write another result to its place. `any_order`: places may also be every other element.
+template <bool much, bool two, bool any_order, class S, class Channels, class Value, class Before>
 BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t channel_length,
                         bool streaming, Channels channels, Value value, Before before) {
   // Not unrolled.
@@ -1018,14 +1018,21 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
   const auto stream_line = [&](const auto& coefficients,
                                std::int64_t begin) __attribute__((always_inline)) {
     OtherLine<S> other;
+    const auto part = [&](std::int64_t at) __attribute__((always_inline)) {
+      write_whole(coefficients, StreamedPlace<S>{{begin + at, at}, begin, &other}, true);
+    };
+    if constexpr (large)
 #pragma GCC unroll 1
-    for (std::int64_t at = begin; at < begin + line; at += whole_length)
-      write_whole(coefficients, StreamedPlace<S>{{at}, begin, &other}, true);
+      for (std::int64_t at = 0; at < line; at += whole_length) part(at);
+    else
+#pragma GCC unroll 4
+      for (std::int64_t at = 0; at < line; at += whole_length) part(at);
     if (other.to != nullptr) write_line(other.values, other.to);
   };
   const auto write_blocks = [&](const auto& coefficients, std::int64_t begin,
                                 std::int64_t end) __attribute__((always_inline)) {
     std::int64_t i = begin;
+    if (two && streaming) return i;
     if (streaming)
       for (; i + streamed_block <= end; i += streamed_block)
 #pragma GCC unroll 8
@@ -1039,6 +1046,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
     return i;
   };
   const auto write_a_line = [&](const auto& k, std::int64_t i) __attribute__((always_inline)) {
+    if (two && streaming) return stream_line(k, i);
 #pragma GCC unroll 4
     for (std::int64_t at = 0; at < line; at += whole_length)
       write_whole(k, Place<S>{i + at, at}, streaming);
