@@ -910,12 +910,14 @@ struct PartialPlace {
   }
 };
 
-// A line of another result, put together while one is streamed: parts of two in turns take many
-// times as long.
+// Lines of another result, put together while those of one are streamed: parts of two in turns take
+// many times as long, and whole lines of two up to twice as long, if their addresses differ by
+// whole pages (Zen 3).
+constexpr std::int64_t other_lines = 8;
 template <class S>
-struct OtherLine {
+struct OtherLines {
   S* to = nullptr;
-  alignas(64) S values[line_length<S>];
+  alignas(64) S values[other_lines * line_length<S>];
 };
 
 // Writes a line past the caches, if it is one of theirs.
@@ -932,11 +934,11 @@ BNEXT_INLINE void write_line(const S* values, S* to) {
   }
 }
 
-// A place in a line that is streamed, which began at `begin`.
+// A place in lines that are streamed, which began at `begin`.
 template <class S>
 struct StreamedPlace : Place<S> {
   std::int64_t begin;
-  OtherLine<S>* other;
+  OtherLines<S>* other;
 
   BNEXT_INLINE void write(Vector<S> v, S* __restrict row) const {
     other->to = row + begin;
@@ -987,7 +989,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
   constexpr std::int64_t block = (large ? 2 : 4) * line;
   // A few lines at a time are streamed, so that reads and writes are under way together.
   constexpr bool few = much || compact || many_registers;
-  constexpr std::int64_t streamed_step = (few ? 2 : 8) * line;
+  constexpr std::int64_t streamed_step = two ? other_lines * line : (few ? 2 : 8) * line;
   constexpr std::int64_t streamed_block = streamed_step < block ? streamed_step : block;
   const std::int64_t step = streaming ? streamed_step : 4 * block;
   static_assert(4 * block <= longest_step<S>);
@@ -1015,24 +1017,29 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
       store_vector(bits, to + place.i);
   };
   // Parts of a line one after the other, and of nothing else in between.
-  const auto stream_line = [&](const auto& coefficients,
-                               std::int64_t begin) __attribute__((always_inline)) {
-    OtherLine<S> other;
-    const auto part = [&](std::int64_t at) __attribute__((always_inline)) {
-      write_whole(coefficients, StreamedPlace<S>{{begin + at, at}, begin, &other}, true);
+  const auto stream_lines = [&](const auto& coefficients, std::int64_t begin,
+                                std::int64_t end) __attribute__((always_inline)) {
+    OtherLines<S> other;
+    const auto part = [&](std::int64_t i, std::int64_t at) __attribute__((always_inline)) {
+      write_whole(coefficients, StreamedPlace<S>{{i + at, at}, begin, &other}, true);
     };
-    if constexpr (large)
 #pragma GCC unroll 1
-      for (std::int64_t at = 0; at < line; at += whole_length) part(at);
-    else
+    for (std::int64_t i = begin; i < end; i += line)
+      if constexpr (large)
+#pragma GCC unroll 1
+        for (std::int64_t at = 0; at < line; at += whole_length) part(i, at);
+      else
 #pragma GCC unroll 4
-      for (std::int64_t at = 0; at < line; at += whole_length) part(at);
-    if (other.to != nullptr) write_line(other.values, other.to);
+        for (std::int64_t at = 0; at < line; at += whole_length) part(i, at);
+    if (other.to == nullptr) return;
+#pragma GCC unroll 1
+    for (std::int64_t at = 0; at < end - begin; at += line)
+      write_line(other.values + at, other.to + at);
   };
   const auto write_blocks = [&](const auto& coefficients, std::int64_t begin,
                                 std::int64_t end) __attribute__((always_inline)) {
     std::int64_t i = begin;
-    if (two && streaming) return i;
+    if (two && streaming) return i;  // all has been
     if (streaming)
       for (; i + streamed_block <= end; i += streamed_block)
 #pragma GCC unroll 8
@@ -1046,7 +1053,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
     return i;
   };
   const auto write_a_line = [&](const auto& k, std::int64_t i) __attribute__((always_inline)) {
-    if (two && streaming) return stream_line(k, i);
+    if (two && streaming) return stream_lines(k, i, i + line);
 #pragma GCC unroll 4
     for (std::int64_t at = 0; at < line; at += whole_length)
       write_whole(k, Place<S>{i + at, at}, streaming);
@@ -1088,12 +1095,16 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
       before(i, count);
       const std::int64_t until = i + count;
       if constexpr (!large) {
+        if (two && streaming) {
+          stream_lines(coefficients, i, until);
+          i = until;
+        }
         i = write_blocks(coefficients, i, until);
 #pragma GCC unroll 1
         for (; i < until; i += line) write_a_line(coefficients, i);
       } else if (streaming) {
-#pragma GCC unroll 1
-        for (; i < until; i += line) stream_line(coefficients, i);
+        stream_lines(coefficients, i, until);
+        i = until;
       } else {
 #pragma GCC unroll 1
         for (; i < until; i += whole_length) write_whole(coefficients, Place<S>{i}, false);
