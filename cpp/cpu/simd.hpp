@@ -1039,7 +1039,7 @@ BNEXT_INLINE void write(S* __restrict to, std::int64_t length, std::int64_t chan
   const auto write_blocks = [&](const auto& coefficients, std::int64_t begin,
                                 std::int64_t end) __attribute__((always_inline)) {
     std::int64_t i = begin;
-    if (two && streaming) return i;  // all has been
+    if (two && streaming) return i;  // stream_lines has written all
     if (streaming)
       for (; i + streamed_block <= end; i += streamed_block)
 #pragma GCC unroll 8
