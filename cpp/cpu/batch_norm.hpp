@@ -772,8 +772,7 @@ class GradTile {
     const bool exists = block < runs_.blocks;
     if (!exists) block = 0;
     const std::int64_t offset = runs_.offset(block);
-    const Ahead ahead = runs_.template ahead<S>(grid_, block);
-    return {tail_.run(offset, runs_.run_length(), runs_.noted(block), ahead),
+    return {tail_of(block),
             sums_[0],
             &sums_[0],
             forward_,
@@ -783,7 +782,7 @@ class GradTile {
             exists ? runs_.length : never,
             runs_.length,
             runs_.run_length(),
-            ahead,
+            runs_.template ahead<S>(grid_, block),
             ones_};
   }
   void add_all() { add_blocks_from(0); }
