@@ -413,7 +413,7 @@ Ahead ahead_in_run(std::int64_t length, std::int64_t to_next) {
 // The runs of a tile: in each of `blocks` samples, `length` values of each of `channels` channels,
 // side by side.
 struct Runs {
-  static constexpr bool any_order = true;
+  static constexpr bool of_columns = false;
   std::int64_t first_channel, channels, length, blocks;
 
   Runs(const Grid& grid, std::int64_t group, std::int64_t chunk)
@@ -966,10 +966,11 @@ inline std::int64_t row_width(const Grid& grid, const Columns& columns, std::int
 // rows as make a run long enough.
 class ColumnRuns {
  public:
-  static constexpr bool any_order = false;
+  static constexpr bool of_columns = true;
 
-  ColumnRuns(const Grid& grid, std::int64_t group, std::int64_t chunk)
+  ColumnRuns(const Grid& grid, std::int64_t group, std::int64_t chunk_)
       : columns(grid, group),
+        chunk(chunk_),
         one_run_(grid.one_run()),
         rows_(one_run_ && long_run > grid.width ? long_run / grid.width : 1),
         width_(grid.width),
@@ -986,7 +987,7 @@ class ColumnRuns {
   }
 
   Columns columns;
-  std::int64_t blocks;
+  std::int64_t chunk, blocks;
 
   std::int64_t offset(std::int64_t block) const { return start_ + block * rows_ * width_; }
   std::int64_t length_of(std::int64_t block) const {
@@ -999,6 +1000,14 @@ class ColumnRuns {
     if (!one_run_) return first_noted_ + row * between_noted_;
     const std::int64_t words = (start_ + row * width_) / mask_word_size - start_ / mask_word_size;
     return first_noted_ + words * mask_word_bytes;
+  }
+  // Whether results are written some rows at once: not where lines have to be whole, or where what
+  // the rows have of a column all wants the same set of the first cache.
+  template <class T>
+  bool rows_at_once(const Grid& grid) const {
+    constexpr std::int64_t way_of_first_cache = 4096;
+    return !grid.streaming &&
+           width_ * static_cast<std::int64_t>(sizeof(T)) % way_of_first_cache != 0;
   }
   template <class T>
   Ahead ahead_backwards(std::int64_t block) const {
@@ -1042,16 +1051,17 @@ BNEXT_INLINE RepeatedRow<Coefficients> repeated_row(Coefficients coefficients, s
 }
 
 // Calls body(r, count, width) for blocks of up to row_block rows [r, r + count) of equal width.
-template <int row_block, class Body>
+template <class Body>
 BNEXT_INLINE void for_each_rows(const Grid& grid, const Columns& columns, std::int64_t chunk,
-                                Body body) {
-  const std::int64_t end = grid.last_row(chunk);
-  const bool short_end = row_width(grid, columns, end - 1) != columns.width;
-  const std::int64_t whole = short_end ? end - 1 : end;
-  std::int64_t r = grid.first_row(chunk);
-  for (; r + row_block <= whole; r += row_block) body(r, row_block, columns.width);
-  if (r < whole) body(r, whole - r, columns.width);
-  if (short_end) body(end - 1, 1, row_width(grid, columns, end - 1));
+                                std::int64_t row_block, Body body) {
+  const std::int64_t end = grid.last_row(chunk), last_width = row_width(grid, columns, end - 1);
+  const std::int64_t whole = last_width == columns.width ? end : end - 1;
+  for (std::int64_t r = grid.first_row(chunk); r < end;) {
+    const std::int64_t left = (r < whole ? whole : end) - r;
+    const std::int64_t count = left < row_block ? left : row_block;
+    body(r, count, r < whole ? columns.width : last_width);
+    r += count;
+  }
 }
 
 // Calls add(at, k, rows, first, second) with vectors of columns, `rows` rows of them from row k on
@@ -1097,8 +1107,8 @@ void shifted_sums_columns(const Grid& grid, const Columns& columns, std::int64_t
   using Sums = MomentSums<S, centered>;
   constexpr int row_block = 8;
   for (std::int64_t w = 0; w < columns.width + lanes; ++w) total[w] = squares[w] = 0;
-  for_each_rows<row_block>(
-      grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
+  for_each_rows(
+      grid, columns, chunk, row_block, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
         const S* row = x + r * grid.width + columns.first;
         for_each_columns<S, Sums::unit, !compact && !centered>(
             width, count, total, squares,
@@ -1225,8 +1235,8 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
   // As many rows as have something of their own in registers, or nearly so, and of both tensors no
   // more lines than a set of the first cache has: rows of 2^n bytes all want the same one.
   constexpr int row_block = 4;
-  for_each_rows<row_block>(
-      grid, columns, chunk, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
+  for_each_rows(
+      grid, columns, chunk, row_block, [&](std::int64_t r, std::int64_t count, std::int64_t width) {
         const std::int64_t first = r * grid.width + columns.first;
         const S *values = x + first, *g = grad_y + first;
         const auto run_of = [&](std::int64_t k) {
@@ -1271,6 +1281,51 @@ void grad_sums_columns(const Grid& grid, std::int64_t group, std::int64_t chunk,
 
 // -- results --------------------------------------------------------------------------------------
 
+// Writes value(coefficients, place, offset) to each place of a tile, counted from the offset, some
+// rows at once: coefficients are loaded once for them.
+template <class S, class Coefficients, class Value>
+BNEXT_INLINE void write_rows(const Grid& grid, const ColumnRuns& runs, Coefficients coefficients,
+                             S* to, Value value) {
+  constexpr std::int64_t row_block = 4, whole_length = vector_bytes / sizeof(S);
+  for_each_rows(
+      grid, runs.columns, runs.chunk, row_block,
+      [&](std::int64_t r, std::int64_t count, std::int64_t width) __attribute__((always_inline)) {
+        const std::int64_t stride = grid.width, offset = r * stride + runs.columns.first;
+        // In column w of rows from `row` on, counted in values.
+        const auto write_whole = [&](std::int64_t row, std::int64_t rows,
+                                     std::int64_t w) __attribute__((always_inline)) {
+          constexpr std::int64_t last = whole_length - vector_length<S>;
+          const decltype(coefficients(Place<S>{w})) f[] = {coefficients(Place<S>{w}),
+                                                           coefficients(Place<S>{w + last})};
+#pragma GCC unroll 4
+          for (std::int64_t k = 0; k < rows; ++k) {
+            const std::int64_t i = row + k * stride + w;
+            const u32v bits =
+                Storage<S>::encode_whole([&](std::int64_t at) __attribute__((always_inline)) {
+                  return value(f[at > 0], Place<S>{i + at}, offset);
+                });
+            store_vector(bits, to + offset + i);
+          }
+        };
+        std::int64_t whole = 0;
+        if (count == row_block) {
+          for (; whole + whole_length <= width; whole += whole_length)
+            write_whole(0, row_block, whole);
+          if (whole == width) return;
+        }
+        for (std::int64_t row = 0; row < count * stride; row += stride) {
+          std::int64_t w = whole;
+          for (; w + whole_length <= width; w += whole_length) write_whole(row, 1, w);
+          for (; w < width; w += vector_length<S>) {
+            const std::int64_t left = width - w;
+            const std::int64_t some = left < vector_length<S> ? left : vector_length<S>;
+            const PartialPlace<S> place{row + w, some};
+            place.write(value(coefficients(PartialPlace<S>{w, some}), place, offset), to + offset);
+          }
+        }
+      });
+}
+
 // Writes value(run, coefficients, place, offset of the run) to each place of `to`, of a tile that
 // was last read forwards, with what it goes by asked for again. `next` is summed on the way: reads
 // of the one tile and writes of the other share memory better than either of them alone would use
@@ -1281,12 +1336,21 @@ BNEXT_INLINE void write_runs(const Grid& grid, const Runs& runs, const Channels&
                              const S* const (&from)[inputs], const Fusion& fusion, S* to,
                              Tile& next, Value value) {
   Tail tail(fusion);
+  if constexpr (Runs::of_columns && Tail::plain)
+    if (runs.template rows_at_once<S>(grid)) {
+      auto run = tail.run(0, 0, 0, {});
+      write_rows(
+          grid, runs, channels.coefficients, to,
+          [&](const auto& coefficients, auto at, std::int64_t offset)
+              __attribute__((always_inline)) { return value(run, coefficients, at, offset); });
+      return;
+    }
   for (std::int64_t b = runs.blocks; b-- > 0;) {
     const std::int64_t offset = runs.offset(b), length = runs.length_of(b);
     const Ahead ahead = runs.template ahead_again<S>(grid, b);
     auto run = tail.run(offset, length, runs.noted(b), runs.template ahead_backwards<S>(b));
     auto summed = next.run(runs.blocks - 1 - b);
-    write<!Tail::known, two, Runs::any_order && !Tail::adds>(
+    write<!Tail::known, two, !Runs::of_columns && !Tail::adds>(
         to + offset, length, runs.channel_length(b), grid.streaming, channels,
         [&](const auto& coefficients, auto at)
             __attribute__((always_inline)) { return value(run, coefficients, at, offset); },
