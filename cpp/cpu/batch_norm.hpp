@@ -1441,11 +1441,10 @@ void apply_grad_columns(const Grid& grid, const ColumnRuns& runs, const S* grad_
 // -- the choice between the two -------------------------------------------------------------------
 
 // Whether loops that write results also make the sums of the next group on their way: not where
-// that would take too much code. Sums of gradients in float64 need more registers than shorter
-// vectors leave, and a call that makes them costs more than it hides.
+// that would take too much code. Shorter vectors leave too few registers for sums of gradients in
+// float64, or beside a residual or a mask, and a call that makes them costs more than it hides.
 template <class S, class Tail>
-constexpr bool sums_next =
-    !compact && (Tail::plain || (many_registers ? sizeof(S) != 8 : sizeof(S) == 4));
+constexpr bool sums_next = !compact && (Tail::plain || (many_registers && sizeof(S) != 8));
 template <class S, class Tail>
 constexpr bool grad_sums_next = sums_next<S, Tail> && (many_registers || sizeof(S) == 2);
 
