@@ -1291,7 +1291,8 @@ BNEXT_INLINE void write_rows(const Grid& grid, const ColumnRuns& runs, Coefficie
       grid, runs.columns, runs.chunk, row_block,
       [&](std::int64_t r, std::int64_t count, std::int64_t width) __attribute__((always_inline)) {
         const std::int64_t stride = grid.width, offset = r * stride + runs.columns.first;
-        // In column w of rows from `row` on, counted in values.
+        // In column w of rows from `row` on, counted in values from the offset: rows share pointers
+        // so, of which there would be too many for registers.
         const auto write_whole = [&](std::int64_t row, std::int64_t rows,
                                      std::int64_t w) __attribute__((always_inline)) {
           constexpr std::int64_t last = whole_length - vector_length<S>;
