@@ -692,6 +692,34 @@ UNSUPPORTED = {
         {"s": np.array([0, 2, -1])},
         r"\(Reshape\): shape: expected \(N, features\), got \[0, 2, -1\]",
     ),
+    "a reshape to other samples": (
+        [("Reshape", ["x", "s"], ["y"], {})],
+        {"s": np.array([-1, 8])},
+        r"\(Reshape\): shape: expected \(N, 64\), got \[-1, 8\]",
+    ),
+    "a reshape to fewer features": (
+        [("Reshape", ["x", "s"], ["y"], {})],
+        {"s": np.array([0, 8])},
+        r"\(Reshape\): shape: expected \(N, 64\), got \[0, 8\]",
+    ),
+    "a reshape of pooled channels": (
+        [("GlobalAveragePool", ["x"], ["h"], {}), ("Reshape", ["h", "s"], ["y"], {})],
+        {"s": np.array([-1, 1])},
+        r"\(Reshape\): shape: expected \(N, 4\), got \[-1, 1\]",
+    ),
+    "a sum that broadcasts": (
+        [
+            ("MaxPool", ["x"], ["h"], dict(kernel_shape=[4, 4])),
+            ("Add", ["x", "h"], ["y"], {}),
+        ],
+        {},
+        r"\(Add\): inputs: expected two of one shape, got \('N', 4, 4, 4\) and \('N', 4, 1, 1\)",
+    ),
+    "padding besides auto_pad": (
+        [("Conv", ["x", "K"], ["y"], dict(auto_pad="VALID", pads=[1, 1, 1, 1]))],
+        {"K": KERNEL},
+        r"\(Conv\): pads: expected none with auto_pad VALID, got \(1, 1, 1, 1\)",
+    ),
     "squeeze": (
         [("Squeeze", ["x"], ["y"], {})],
         {},
@@ -797,6 +825,20 @@ def test_wrong_files(tmp_path):
         bnext.onnx.load(3)
     with pytest.raises(ValueError, match=r"^onnx\.load: model: "):
         bnext.onnx.load(make_model([("Relu", ["nowhere"], ["y"], {})]))
+    rows = ("N", 4, 3)
+    for node in (
+        ("GlobalAveragePool", ["x"], ["y"], {}),
+        ("ReduceMean", ["x", "a"], ["y"], dict(keepdims=0)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"X: expected shape \(N, C, H, W\), got \('N', 4, 3\)"
+        ):
+            bnext.onnx.load(make_model([node], rows, {"a": np.array([-1, -2])}))
+    unknown = make_model(
+        [("Reshape", ["x", "s"], ["y"], {})], ("N", 4, "L"), {"s": np.array([-1, 8])}
+    )
+    with pytest.raises(ValueError, match=r"shape: expected \(0, -1\) where features are not known"):
+        bnext.onnx.load(unknown)
     for inputs, message in (
         (("x", "z"), "expected one, got 'x', 'z'"),
         ((), "expected one, got none"),

@@ -104,6 +104,10 @@ class _Node:
         for name, value in self._attributes.items():
             raise self.error(f"{name}: the attribute is not supported, got {value}")
 
+    def shape(self, index: int) -> tuple[int | str | None, ...] | None:
+        """That of the input `index` in the ONNX graph: sizes, names of sizes, None if unknown."""
+        return self.reader.shapes.get(self.inputs[index])
+
     def has(self, index: int) -> bool:
         return index < len(self.inputs) and self.inputs[index] != ""
 
@@ -152,8 +156,10 @@ _PROBLEMS = {
 class _Reader:
     """What has been read of an ONNX graph."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, model: Any) -> None:
         self.onnx = require("onnx")
+        graph = model.graph
+        self.shapes = _shapes(model)
         to_array = self.onnx.numpy_helper.to_array
         self.constants = {tensor.name: to_array(tensor) for tensor in graph.initializer}
         inputs = [value for value in graph.input if value.name not in self.constants]
@@ -161,9 +167,8 @@ class _Reader:
             names = ", ".join(repr(value.name) for value in inputs)
             raise ValueError(f"onnx.load: inputs: expected one, got {names or 'none'}")
         self.x: str = inputs[0].name
-        sizes = inputs[0].type.tensor_type.shape.dim
-        self.batch: int = sizes[0].dim_value if sizes else 0
-        """The size of the batch, if it is fixed, or 0."""
+        self.batch = (self.shapes.get(self.x) or (None,))[0]
+        """The size of the batch, if it is fixed."""
         self.values = {self.x: _Value(self.x)}
         self.steps: dict[str, _Step] = {}
         """By the name of the result, in order."""
@@ -190,8 +195,10 @@ class _Reader:
 
     def sum(self, node: _Node) -> None:
         terms = [node.value(index, _TURNED, _POOLED) for index in (0, 1)]
-        if terms[0].form != terms[1].form:
-            raise node.error("inputs: expected two of one shape")
+        shapes = [node.shape(index) for index in (0, 1)]
+        if terms[0].form != terms[1].form or not _same(*shapes):
+            got = "" if None in shapes else f", got {shapes[0]} and {shapes[1]}"
+            raise node.error(f"inputs: expected two of one shape{got}")
         self._step(node, None, terms)
 
     def view(self, node: _Node, form: str) -> None:
@@ -263,6 +270,27 @@ class _Reader:
         return next(iter(layers.values())) if len(layers) == 1 else nn.Sequential(layers)
 
 
+def _shapes(model: Any) -> dict[str, tuple[int | str | None, ...]]:
+    """Sizes of the values of a graph: numbers, names, None if unknown."""
+    graph = require("onnx.shape_inference").infer_shapes(model).graph
+    return {
+        value.name: tuple(
+            size.dim_value if size.HasField("dim_value") else size.dim_param or None
+            for size in value.type.tensor_type.shape.dim
+        )
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _same(a: tuple[Any, ...] | None, b: tuple[Any, ...] | None) -> bool:
+    """Whether two shapes may be the same: not if they are known to differ."""
+    if a is None or b is None:
+        return True
+    sizes = zip(a, b, strict=False)
+    return len(a) == len(b) and all(None in pair or pair[0] == pair[1] for pair in sizes)
+
+
 def _joined(layer: Module | _Activation | _Bias | None, after: _Activation | _Bias) -> bool:
     """Make `layer` do `after` as well; False if it cannot."""
     if isinstance(after, _Bias):
@@ -317,6 +345,8 @@ def _load_window(node: _Node, kernel: Sequence[int]) -> dict[str, Any]:
     pads = tuple(node.attribute("pads", (0, 0, 0, 0)))
     if auto_pad not in ("NOTSET", "VALID"):
         raise node.error(f"auto_pad: expected NOTSET or VALID, got {auto_pad}")
+    if auto_pad == "VALID" and any(pads):
+        raise node.error(f"pads: expected none with auto_pad VALID, got {pads}")
     if pads[:2] != pads[2:]:
         raise node.error(f"pads: expected the same at both ends of an axis, got {pads}")
     return {"stride": tuple(node.attribute("strides", (1, 1))), "padding": pads[:2]}
@@ -430,6 +460,9 @@ def _load_pool(reader: _Reader, node: _Node) -> None:
 
 
 def _load_global_average(reader: _Reader, node: _Node) -> None:
+    shape = node.shape(0)
+    if shape is not None and len(shape) != 4:
+        raise node.error(f"X: expected shape (N, C, H, W), got {shape}")
     keepdims = 1
     if node.op == "ReduceMean":
         axes = node.integers(1, "axes")
@@ -454,9 +487,15 @@ def _load_flatten(reader: _Reader, node: _Node) -> None:
     else:
         node.attribute("allowzero", 0)
         shape = node.integers(1, "shape")
-        samples = (-1, 0, reader.batch)  # a batch of unknown size is 0 too
-        if len(shape) != 2 or shape[0] not in samples:
+        if len(shape) != 2 or shape[0] not in (-1, 0, reader.batch):
             raise node.error(f"shape: expected (N, features), got {shape}")
+        sizes = (node.shape(0) or (None, None))[1:]
+        features = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+        # With -1 first, another number of features would make another number of samples.
+        if shape[0] == -1 and features is None:
+            raise node.error(f"shape: expected (0, -1) where features are not known, got {shape}")
+        if features is not None and shape[1] != features and (shape[0] == -1 or shape[1] != -1):
+            raise node.error(f"shape: expected (N, {features}), got {shape}")
     if pooled:
         reader.view(node, _PLAIN)
     else:
@@ -607,7 +646,7 @@ def load(model: str | os.PathLike[str] | Any) -> Module:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         raise ValueError(f"onnx.load: model: {error}") from error
-    reader = _Reader(proto.graph)
+    reader = _Reader(proto)
     for node in proto.graph.node:
         reader.read(_Node(reader, node))
     output, *others = [value.name for value in proto.graph.output]
