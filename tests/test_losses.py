@@ -169,6 +169,12 @@ def test_values_and_reductions(loss, options, dtype):
 def test_small_losses_keep_their_digits():
     loss, _ = softmax_cross_entropy(np.array([[30.0, 0.0], [0.0, 20.0]], np.float32), [0, 1])
     np.testing.assert_allclose(loss, (np.exp(-30) + np.exp(-20)) / 2, rtol=1e-6)
+    for margin in (36.0, 100.0, 700.0):
+        tiny = np.exp(-margin)
+        for options in ({}, {"weight": [2.0, 1.0]}):
+            loss, backward = softmax_cross_entropy(np.array([[margin, 0.0]]), [0], **options)
+            np.testing.assert_allclose(loss, tiny, rtol=1e-14)
+            np.testing.assert_allclose(backward(), [[-tiny, tiny]], rtol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -210,6 +216,25 @@ def test_logits_that_are_not_finite_stay_in_their_row(row):
     grad = backward()
     assert np.isnan(grad[0]).any()
     np.testing.assert_array_equal(grad[1], [-0.25, 0.25])
+
+
+def test_logits_in_bfloat16():
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    logits = np.random.default_rng(0).normal(size=(5, 3)).astype(bfloat16)
+    labels = np.array([0, 2, 1, 1, 0])
+    for loss in (softmax_cross_entropy, softmax_focal_loss):
+        value, backward = loss(logits, labels)
+        expected, wide = loss(logits.astype(np.float32), labels)
+        assert value == expected
+        assert backward().dtype == bfloat16
+        np.testing.assert_array_equal(backward(), wide().astype(bfloat16))
+
+
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_one_logit_without_axes(alpha):
+    loss, backward = sigmoid_focal_loss(np.float32(2), 1, alpha=alpha, reduction="none")
+    assert loss.shape == backward().shape == ()
+    assert backward().dtype == np.float32
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint64, ">i4"])

@@ -184,6 +184,12 @@ def test_arrays_that_are_not_contiguous():
     np.testing.assert_allclose(weight.data, expected, rtol=1e-15)
 
 
+def test_weights_whose_squares_overflow():
+    weight = Parameter(np.array([[1e200, 1e200], [3e-1, 4e-1]]))
+    max_norm([weight], 1)
+    np.testing.assert_allclose(weight.data, [[0.5**0.5, 0.5**0.5], [0.3, 0.4]], rtol=1e-15)
+
+
 W = Parameter(np.ones((2, 2)))
 
 

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
+from bnext._dtypes import DATA
 from bnext.nn import _check
 from bnext.nn.module import Array, Backward, Module, Parameter, number
 
@@ -133,22 +134,21 @@ def softmax_cross_entropy(
     mine, spread = (1 - smoothing) * weights[labels], smoothing / classes * weights
     # A logit that is not finite gives a loss that is not: no warning needed on top.
     with np.errstate(invalid="ignore", over="ignore"):
-        shifted, exponentials, sums = batch.shifted, batch.exponentials, batch.sums
-        log_sums = np.log(sums)
-        losses = mine * (log_sums[:, 0] - shifted[rows, labels])
+        shifted, log_sums = batch.shifted, batch.log_sums
+        losses = mine * (log_sums - shifted[rows, labels])
         if smoothing:
-            losses += (log_sums - shifted) @ spread
+            losses += (log_sums[:, np.newaxis] - shifted) @ spread
     count = weights[labels].sum() if reduction == "mean" else 1.0
     loss = _reduced(batch.scattered(losses), count, reduction)
 
     def backward(grad_loss: npt.ArrayLike = 1.0) -> Array:
         scale = _scale(where, grad_loss, batch.shape[:1], reduction)
-        with np.errstate(invalid="ignore"):
-            grad: Array = exponentials / sums
-            if weight is not None or smoothing:
-                grad *= (mine + spread.sum())[:, np.newaxis]
-        grad[rows, labels] -= mine
+        p, miss, grad = batch.split()
+        if weight is not None or smoothing:
+            grad *= (mine + spread.sum())[:, np.newaxis]
+        grad[rows, labels] = -mine * miss
         if smoothing:
+            grad[rows, labels] += p * spread.sum()
             grad -= spread
         return batch.gradient(grad, scale, count)
 
@@ -249,21 +249,17 @@ def softmax_focal_loss(
     _check_reduction(where, reduction, ("mean", "sum", "none"))
 
     rows, labels = batch.rows, batch.labels
-    with np.errstate(invalid="ignore", over="ignore"):
-        sums = batch.sums[:, 0]
-        others = batch.exponentials.copy()
-        others[rows, labels] = 0
-        miss = others.sum(axis=1) / sums  # 1 - p, to full precision
-        log_p = batch.shifted[rows, labels] - np.log(sums)
-    focal = _Focal(log_p, batch.exponentials[rows, labels] / sums, miss, gamma)
+    p, miss, others = batch.split()
+    with np.errstate(invalid="ignore"):
+        log_p = batch.shifted[rows, labels] - batch.log_sums
+    focal = _Focal(log_p, p, miss, gamma)
     count = float(len(rows)) if reduction == "mean" else 1.0
     loss = _reduced(batch.scattered(alphas[labels] * focal.loss), count, reduction)
 
     def backward(grad_loss: npt.ArrayLike = 1.0) -> Array:
         scale = _scale(where, grad_loss, batch.shape[:1], reduction)
         slope = alphas[labels] * focal.slope
-        with np.errstate(invalid="ignore"):
-            grad: Array = others * (-slope / sums)[:, np.newaxis]
+        grad: Array = others * -slope[:, np.newaxis]
         grad[rows, labels] = slope * miss
         return batch.gradient(grad, scale, count)
 
@@ -365,7 +361,7 @@ def sigmoid_focal_loss(
     if alpha is not None:
         classes = logits.shape[-1] if logits.ndim else 1
         alphas = _weights(where, "alpha", alpha, classes, scalar=True, most=1)
-        alpha_t = np.where(positive, alphas, 1 - alphas)
+        alpha_t = np.where(positive, alphas, 1 - alphas).reshape(logits.shape)
     _check_reduction(where, reduction, ("mean", "positives", "sum", "none"))
 
     sign = np.where(positive, 1.0, -1.0)
@@ -380,8 +376,8 @@ def sigmoid_focal_loss(
 
     def backward(grad_loss: npt.ArrayLike = 1.0) -> Array:
         scale = _scale(where, grad_loss, logits.shape, reduction)
-        grad: Array = alpha_t * sign * focal.slope * miss * (scale / count)
-        return grad.astype(logits.dtype)
+        grad = alpha_t * sign * focal.slope * miss * (scale / count)
+        return np.asarray(grad, logits.dtype)
 
     return loss, backward
 
@@ -397,8 +393,6 @@ class _Focal:
 
     def __init__(self, log_p: Array, p: Array, miss: Array, gamma: float) -> None:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            # log p loses its digits where p is almost 1.
-            log_p = np.where(miss < 0.5, np.log1p(-miss), log_p)
             modulation = miss**gamma
             self.loss = modulation * -log_p
             # 0 times infinity, where p = 0, has the limit 0.
@@ -548,7 +542,26 @@ class _Classes:
             self.shifted = logits.astype(np.float64)
             self.shifted -= self.shifted.max(axis=1, keepdims=True)
             self.exponentials = np.exp(self.shifted)
-            self.sums = self.exponentials.sum(axis=1, keepdims=True)
+            # Where one class has almost all, the others are all that there is of the loss.
+            first = self.shifted.argmax(axis=1)
+            largest = self.exponentials[self.rows, first]  # 1, or NaN
+            _, rest = self._without(first)
+            self.sums = largest + rest
+            self.log_sums = np.log1p(rest / largest)
+
+    def _without(self, classes: Array) -> tuple[Array, Array]:
+        """The exponentials with 0 in place of one class in each row, and their sums."""
+        others = self.exponentials.copy()
+        others[self.rows, classes] = 0
+        return others, others.sum(axis=1)
+
+    def split(self) -> tuple[Array, Array, Array]:
+        """p of the labels, 1 - p, and p of the other classes (N, K), each to full precision."""
+        with np.errstate(invalid="ignore"):
+            p = self.exponentials[self.rows, self.labels] / self.sums
+            others, rest = self._without(self.labels)
+            others /= self.sums[:, np.newaxis]
+            return p, rest / self.sums, others
 
     def scattered(self, values: Array) -> Array:
         """`values` of the rows that count, with 0 for the others."""
@@ -572,7 +585,7 @@ class _Classes:
 
 def _floating(where: str, logits: npt.ArrayLike) -> Array:
     array = _check.native(where, "logits", logits)
-    if not np.issubdtype(array.dtype, np.floating):
+    if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name in DATA):
         raise TypeError(f"{where}: logits: expected floating point, got {array.dtype}")
     return array
 
@@ -621,7 +634,7 @@ def _check_reduction(where: str, reduction: str, known: tuple[str, ...]) -> None
 
 def _reduced(losses: Array, count: float, reduction: str) -> float | Array:
     if reduction == "none":
-        return losses
+        return np.asarray(losses)
     return float(losses.sum() / count) if count else 0.0
 
 

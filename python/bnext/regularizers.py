@@ -102,9 +102,14 @@ def clip_unit_norms(data: Array, limit: float) -> None:
     """What `max_norm` does to one array; rows within the limit keep their bits."""
     if data.ndim < 2 or not data.size:
         return
-    # In float64 no square of a float32 overflows.
     rows = data.reshape(len(data), -1)
-    norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1))
+        huge = np.isinf(norms)  # not of float32, whose squares float64 has room for
+        if huge.any():
+            largest = abs(rows[huge]).max(axis=1)
+            shares = rows[huge] / largest[:, np.newaxis]
+            norms[huge] = largest * np.sqrt(np.square(shares).sum(axis=1))
     long = norms > limit
     factors = (limit / norms[long]).astype(data.dtype)
     data[long] *= factors.reshape(-1, *[1] * (data.ndim - 1))
