@@ -403,6 +403,38 @@ def test_state_round_trip():
     np.testing.assert_array_equal(first(x), second(x))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"1.bias": np.array(["a", "b"])}, ValueError, "'1.bias': expected dtype float32, got <U1"),
+        ({"1.bias": np.ones(2, complex)}, ValueError, "'1.bias': expected dtype float32, got comp"),
+        ({"2.num_batches_tracked": np.array(2.7)}, ValueError, "'2.num.*': expected dtype int64"),
+        ([1], TypeError, "state: expected a mapping, got list"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, error, message):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm(2))
+    before = {key: np.copy(array) for key, array in model.state_dict().items()}
+    state = change
+    if isinstance(change, dict):
+        state = {key: np.zeros_like(array) for key, array in before.items()} | change
+    with pytest.raises(error, match=f"^Sequential.load_state_dict: {message}"):
+        model.load_state_dict(state)
+    np.testing.assert_equal(model.state_dict(), before)
+
+
+def test_names_of_layers():
+    for name in ("", 0):
+        with pytest.raises(TypeError, match=f"Sequential: expected names .*, got {name!r}"):
+            nn.Sequential({name: nn.ReLU()})
+    inner = nn.Sequential({"b": nn.Linear(2, 2)})
+    model = nn.Sequential({"a.b": nn.Linear(2, 2), "a": inner})
+    with pytest.raises(
+        ValueError, match=r"state_dict: expected different names, got 'a\.b\.weight'"
+    ):
+        model.state_dict()
+
+
 def test_initial_weights():
     """Uniform within 1 / sqrt(fan in), from the seed alone; biases are spared from decay."""
     bnext.manual_seed(3)

@@ -204,6 +204,7 @@ def test_load_copies():
         ({"step.bias": -1}, r"'step\.bias': expected 0 or more, got -1"),
         ({"lr": -0.1}, r"lr: expected a finite number >= 0, got -0\.1"),
         ({"lr": math.nan}, "lr: expected a finite number >= 0, got nan"),
+        ({"exp_avg.scalar": np.array("a")}, "'exp_avg.scalar': expected dtype float.*, got <U1"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message):
@@ -254,6 +255,14 @@ def test_lr_may_be_set_at_any_time():
     assert optimizer.lr == 0.25
 
 
+def test_a_gradient_of_another_shape_is_refused():
+    weight = Parameter(np.zeros((2, 3)))
+    weight.grad = np.ones(3)
+    with pytest.raises(ValueError, match=r"SGD: 0\.grad: expected shape \(2, 3\), got \(3,\)"):
+        SGD([weight], lr=1).step()
+    np.testing.assert_array_equal(weight.data, 0)
+
+
 def test_parameters_of_several_dtypes():
     one, two = Parameter(np.ones(3, np.float32)), Parameter(np.ones(2, np.float64))
     optimizer = Adam([one, two], lr=0.1, weight_decay=0.1)
@@ -276,6 +285,12 @@ W = Parameter(np.ones(2))
         (lambda: Adam([("a", W), ("a", Parameter(np.ones(1)))]), ValueError, "'a' appears twice"),
         (lambda: Adam([np.ones(2)]), TypeError, "Adam: parameters: expected .*, got ndarray"),
         (lambda: Adam([("a", 1.0)]), TypeError, "Adam: parameters: expected .*, got float"),
+        (lambda: SGD(nn.ReLU(), 0.1), TypeError, "SGD: parameters: .* iterable, .*, got ReLU"),
+        (
+            lambda: SGD([W], 1).load_state_dict([1]),
+            TypeError,
+            "SGD.load_state_dict: state: .* list",
+        ),
         (lambda: SGD([W], -0.1), ValueError, r"SGD: lr: expected .* >= 0, got -0\.1"),
         (lambda: SGD([W], math.inf), ValueError, "SGD: lr: expected a finite number.*, got inf"),
         (lambda: SGD([W], math.nan), ValueError, "SGD: lr: expected a finite number.*, got nan"),

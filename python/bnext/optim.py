@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bnext.nn.module import Array, Parameter, number
+from bnext._pieces import integer
+from bnext.nn.module import Array, Parameter, check_state, number
 from bnext.regularizers import checked_limit, clip_unit_norms
 from bnext.scaling import GradientScaling
 
@@ -54,6 +55,11 @@ class Optimizer:
         max_norm: float | None = None,
     ) -> None:
         self._parameters: dict[str, Parameter] = {}
+        if not isinstance(parameters, Iterable):
+            raise TypeError(
+                f"{self._name}: parameters: expected an iterable, such as "
+                f"model.named_parameters(), got {type(parameters).__name__}"
+            )
         for index, item in enumerate(parameters):
             name, parameter = item if isinstance(item, tuple) else (str(index), item)
             if not isinstance(parameter, Parameter):
@@ -127,8 +133,13 @@ class Optimizer:
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
-            self._steps[name] += 1
             data = parameter.data
+            if parameter.grad.shape != data.shape:
+                raise ValueError(
+                    f"{self._name}: {name}.grad: expected shape {data.shape}, "
+                    f"got {parameter.grad.shape}"
+                )
+            self._steps[name] += 1
             work_1, work_2 = (
                 row[: data.nbytes].view(data.dtype).reshape(data.shape) for row in self._workspace
             )
@@ -174,25 +185,16 @@ class Optimizer:
         Raises
         ------
         ValueError
-            If a key is missing or unexpected, an array has another shape or a number is
-            out of range. Nothing has changed then.
+            If a key is missing or unexpected, an array has another shape or dtype or a number
+            is out of range. Nothing has changed then.
+        TypeError
+            If `state` is no mapping, or a number something else.
         """
-        own = self.state_dict()
-        problems = [f"missing key {key!r}" for key in own.keys() - state.keys()]
-        problems += [f"unexpected key {key!r}" for key in state.keys() - own.keys()]
-        problems += [
-            f"{key!r}: expected shape {np.shape(own[key])}, got {np.shape(state[key])}"
-            for key in own.keys() & state.keys()
-            if np.shape(own[key]) != np.shape(state[key])
-        ]
-        if problems:
-            raise ValueError(f"{self._name}.load_state_dict: " + "; ".join(sorted(problems)))
-        steps = {name: int(state[f"step.{name}"]) for name in self._steps}
-        for name, step in steps.items():
-            if step < 0:
-                raise ValueError(
-                    f"{self._name}.load_state_dict: 'step.{name}': expected 0 or more, got {step}"
-                )
+        check_state(self._name, self.state_dict(), state)
+        where = f"{self._name}.load_state_dict"
+        steps = {
+            name: integer(where, f"'step.{name}'", state[f"step.{name}"], 0) for name in self._steps
+        }
         lr = self._checked("lr", float(state["lr"]))
         if self._scaling is not None:
             prefix = "scaling."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,23 @@ def number(kind: str, argument: str, value: Any) -> float:
     if isinstance(value, numbers.Real):
         return float(value)
     raise TypeError(f"{kind}: {argument}: expected a number, got {type(value).__name__}")
+
+
+def check_state(kind: str, own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Whether `state` can take the place of `own`, as `load_state_dict` of a `kind` wants it."""
+    where = f"{kind}.load_state_dict"
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{where}: state: expected a mapping, got {type(state).__name__}")
+    problems = [f"missing key {key!r}" for key in own.keys() - state.keys()]
+    problems += [f"unexpected key {key!r}" for key in state.keys() - own.keys()]
+    for key in own.keys() & state.keys():
+        mine, given = own[key], np.asarray(state[key])
+        if np.shape(mine) != given.shape:
+            problems.append(f"{key!r}: expected shape {np.shape(mine)}, got {given.shape}")
+        elif isinstance(mine, np.ndarray) and not np.can_cast(given.dtype, mine.dtype, "same_kind"):
+            problems.append(f"{key!r}: expected dtype {mine.dtype}, got {given.dtype}")
+    if problems:
+        raise ValueError(f"{where}: " + "; ".join(sorted(problems)))
 
 
 class Parameter:
@@ -134,6 +151,11 @@ class Module:
 
     def register_module(self, name: str, module: Module) -> None:
         """Make `module` a child called `name`; error messages use the dotted path."""
+        if not isinstance(name, str) or not name:
+            raise TypeError(
+                f"{type(self).__name__}: expected names of layers that are strings and not empty, "
+                f"got {name!r}"
+            )
         self._modules[name] = module
         module._set_name(f"{self.name}.{name}" if self.name else name)
 
@@ -218,34 +240,42 @@ class Module:
 
     # -- state -------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Array]:
-        """Parameters and buffers by dotted name; the arrays themselves, not copies."""
-        state = {name: parameter.data for name, parameter in self.named_parameters()}
+        """Parameters and buffers by dotted name; the arrays themselves, not copies.
+
+        Raises
+        ------
+        ValueError
+            If two have the same name, such as "b.weight" of "a" and "weight" of "a.b".
+        """
+        state: dict[str, Array] = {}
+
+        def add(name: str, array: Array) -> None:
+            if name in state:
+                raise ValueError(
+                    f"{self.label}: state_dict: expected different names, got {name!r} twice"
+                )
+            state[name] = array
+
+        for name, parameter in self.named_parameters():
+            add(name, parameter.data)
         for path, module in self.named_modules():
             for name, buffer in module._buffers.items():
-                state[f"{path}.{name}" if path else name] = buffer
+                add(f"{path}.{name}" if path else name, buffer)
         return state
 
-    def load_state_dict(self, state: dict[str, Array]) -> None:
+    def load_state_dict(self, state: Mapping[str, npt.ArrayLike]) -> None:
         """Copy `state` into this module's parameters and buffers.
 
         Raises
         ------
         ValueError
-            If a key is missing or unexpected, or an array has another shape.
-            Nothing has changed then.
+            If a key is missing or unexpected, or an array has another shape or a dtype that this
+            one has no place for. Nothing has changed then.
+        TypeError
+            If `state` is no mapping.
         """
         own = self.state_dict()
-        problems = [f"missing key {key!r}" for key in own.keys() - state.keys()]
-        problems += [f"unexpected key {key!r}" for key in state.keys() - own.keys()]
-        problems += [
-            f"{key!r}: expected shape {own[key].shape}, got {np.shape(state[key])}"
-            for key in own.keys() & state.keys()
-            if own[key].shape != np.shape(state[key])
-        ]
-        if problems:
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict: " + "; ".join(sorted(problems))
-            )
+        check_state(type(self).__name__, own, state)
         for key, array in own.items():
             array[...] = state[key]
 
