@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import random
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -145,6 +148,73 @@ class ReadsList(Block):
         return self.act(self.bn1(x)) * self.sizes[0]
 
 
+class Stem(Block):  # the second BatchNorm adds what the first one became part of
+    def forward(self, x):
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return self.drop(torch.relu(self.bn2(self.conv2(out)) + out))
+
+
+class Bank(Block):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = self.act(norm(x))
+        return x
+
+
+class DropsPath(Block):
+    def forward(self, x):
+        return x if torch.rand(()) < 0.5 else self.act(x + self.bn1(x))
+
+
+class DropsPathByPython(Block):
+    def forward(self, x):
+        return x if random.random() < 0.5 else self.act(x + self.bn1(x))
+
+
+class ReadsBuffer(Block):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gain", torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.act(self.bn1(x)) * self.gain.item()
+
+
+class ReturnsDictionary(Block):
+    def forward(self, x):
+        return OrderedDict(out=self.act(self.bn1(x)))["out"]
+
+
+class CallsWithDictionary(Block):
+    def __init__(self):
+        super().__init__()
+        self.last = Last()
+
+    def forward(self, x):
+        return self.last(OrderedDict(out=self.act(self.bn1(x))))
+
+
+class Last(nn.Module):
+    def forward(self, values):
+        return values["out"]
+
+
+class AsksForAttribute(Block):
+    def forward(self, x):
+        y = self.act(self.bn1(x))
+        return y * 0 if hasattr(x, "mask") else y
+
+
+class AsksForGrad(Block):
+    def forward(self, x):
+        y = self.act(self.bn1(x))
+        return y * 2 if torch.is_grad_enabled() else y
+
+
 FUSED = [
     (Block(), {"bn1": "relu", "bn2": "residual + relu + dropout"}),
     (Block(shortcut=True), {"bn1": "relu", "bn2": "residual + relu + dropout"}),
@@ -175,6 +245,9 @@ FUSED = [
     (ChangesInput(), {}),
     (AddsItself(), {}),
     (Scaled(), {}),
+    (Stem(), {"bn1": "relu", "bn2": "residual + relu + dropout"}),
+    (Bank(), {"norms.0": "relu", "norms.1": "relu"}),
+    (ReturnsDictionary(), {"bn1": "relu"}),
 ]
 REFUSED = [
     (ByDefault(), "argument mask of forward may be left out"),
@@ -186,6 +259,12 @@ REFUSED = [
     (Checkpointed(), "forward uses torch."),
     (Counts(), "forward sets steps"),
     (ReadsList(), "forward reads sizes, a list"),
+    (DropsPath(), "forward looks at the numbers in a tensor"),
+    (DropsPathByPython(), "forward draws random numbers"),
+    (ReadsBuffer(), "forward looks at the numbers in a tensor"),
+    (CallsWithDictionary(), "forward makes a container that a graph has not: OrderedDict"),
+    (AsksForAttribute(), "forward uses hasattr"),
+    (AsksForGrad(), "forward uses is_grad_enabled"),
 ]
 
 
@@ -196,6 +275,7 @@ def name_of(case):
 def passes(model, x, seed=7):
     """Output, gradients and buffers after a pass, and what became of the input."""
     torch.manual_seed(seed)
+    random.seed(seed)
     model.zero_grad()
     leaf = x.clone().requires_grad_()
     inner = leaf * 1
@@ -345,6 +425,14 @@ def freezes_dropout(model):
     model.drop.eval()
 
 
+def replaces_forward_of_what_is_skipped(model):
+    model.act.forward = torch.tanh
+
+
+def replaces_forward_of_norm(model):
+    model.bn2.forward = torch.tanh
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -359,6 +447,8 @@ def freezes_dropout(model):
         changes_dropout,
         freezes_norm,
         freezes_dropout,
+        replaces_forward_of_what_is_skipped,
+        replaces_forward_of_norm,
     ],
 )
 def test_changes_afterwards_count(change):
@@ -376,6 +466,67 @@ def test_changes_afterwards_count(change):
     for each in (model, plain):
         change(each)
     check_same(model, plain, x)
+
+
+def test_changes_of_containers_count():
+    for change in (
+        lambda model: model.norms.append(nn.BatchNorm2d(4)),
+        lambda model: model.norms.__setitem__(1, nn.GroupNorm(2, 4)),
+        lambda model: model.norms.pop(1),
+    ):
+        model, plain = Bank(), Bank()
+        plain.load_state_dict(model.state_dict())
+        bt.accelerate(model)
+        for each in (model, plain):
+            change(each)
+        check_same(model, plain, torch.randn(3, 4, 5, 5))
+
+
+def test_what_changed_is_fused_again():
+    model, report = bt.accelerate(Block())
+    assert bt.accelerate(model)[1].fused == {}
+    model.bn2 = nn.BatchNorm2d(4)
+    _, again = bt.accelerate(model)
+    assert again.fused == report.fused
+    assert model.forward.holds()
+
+
+def test_random_numbers_are_those_without_accelerate():
+    model = DropsPath()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    bt.accelerate(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_sums_in_place_keep_their_kind():
+    class Adds(Block):
+        def forward(self, x, other):
+            out = self.bn1(x)
+            out += other
+            return self.drop(self.act(out))
+
+    model, report = bt.accelerate(Adds(drop=0.0))
+    assert report.fused == {"bn1": "residual + relu + dropout"}
+    x = torch.randn(3, 4, 5, 5)
+    y = model(x, x.double())
+    assert y.dtype is torch.float32
+    torch.testing.assert_close(y, model(x, x))
+    torch.testing.assert_close(model(x, x[:1]), model(x, x[:1].expand_as(x)))
+    with pytest.raises(RuntimeError, match="broadcast shape"):
+        model(x, x[None])
+
+
+def test_copies_are_called_by_several_threads():
+    """A copy is made whole: torch.fx, which changes nn.Module, is not asked again."""
+    model, _ = bt.accelerate(nn.Sequential(*(Block() for _ in range(4))).eval())
+    x = torch.randn(2, 4, 5, 5)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = list(pool.map(lambda each: each(x), [copy.deepcopy(model) for _ in range(8)]))
+            assert all(torch.equal(result, results[0]) for result in results)
+    assert not hasattr(nn.Module.__call__, "__wrapped__")
 
 
 def test_hooks_on_all_modules_run():

@@ -490,7 +490,8 @@ def _load_flatten(reader: _Reader, node: _Node) -> None:
         if len(shape) != 2 or shape[0] not in (-1, 0, reader.batch):
             raise node.error(f"shape: expected (N, features), got {shape}")
         sizes = (node.shape(0) or (None, None))[1:]
-        features = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+        known = [size for size in sizes if isinstance(size, int)]
+        features = math.prod(known) if len(known) == len(sizes) else None
         # With -1 first, another number of features would make another number of samples.
         if shape[0] == -1 and features is None:
             raise node.error(f"shape: expected (0, -1) where features are not known, got {shape}")

@@ -142,9 +142,13 @@ def _fuse_all(model: nn.Module, report: Report) -> None:
     for name, module in model.named_modules():
         if not _calls_norms(module):
             continue
-        if "forward" in module.__dict__:
-            if not isinstance(module.__dict__["forward"], FusedForward):
-                report.not_fused[name] = "its forward method was replaced"
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, FusedForward):
+            if forward.holds():
+                continue
+            del module.__dict__["forward"]  # of what it was
+        elif forward is not None:
+            report.not_fused[name] = "its forward method was replaced"
             continue
         try:
             found = _fuse.fuse(module)
@@ -159,6 +163,8 @@ def _fuse_all(model: nn.Module, report: Report) -> None:
 
 def _calls_norms(module: nn.Module) -> bool:
     """Whether a forward method may call a BatchNorm of ours itself."""
+    if type(module).forward is nn.Module.forward:  # of a ModuleList: there is none
+        return False
     return any(
         type(child) in NORMS or (is_transparent(child) and _calls_norms(child))
         for child in module.children()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from importlib import import_module
+from inspect import ismodule
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -13,9 +15,11 @@ from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
+from bnext.torch import _bridge
 from bnext.torch._batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, normalize
 from bnext.torch._dropout import Dropout
-from bnext.torch._tracing import NotTraceable, Traced, has_hooks, trace
+from bnext.torch._eligible import is_like
+from bnext.torch._tracing import ClassForward, Traced, is_plain, trace
 
 NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 ACTIVATIONS = {
@@ -44,13 +48,18 @@ class Chain(NamedTuple):
 
     norm: fx.Node
     nodes: list[fx.Node]  # the others, in order
-    residual: Any  # a node, or None
+    adds: bool  # the first of them, a residual
     activation: str | None
     activation_module: str | None  # targets of call_module
     dropout_module: str | None
 
+    @property
+    def residual(self) -> fx.Node | None:
+        """As the graph has it now, in which chains before this one may have become one node."""
+        return _other_summand(self.nodes[0], self.norm) if self.adds else None
+
     def __str__(self) -> str:
-        parts = ["residual"] if self.residual is not None else []
+        parts = ["residual"] if self.adds else []
         parts += [self.activation] if self.activation else []
         parts += ["dropout"] if self.dropout_module else []
         return " + ".join(parts)
@@ -75,7 +84,7 @@ def _activation(owner: nn.Module, node: fx.Node) -> str | None:
     if module is not None:
         if isinstance(module, nn.GELU) and module.approximate != "tanh":
             return None
-        return None if has_hooks(module) else ACTIVATIONS.get(type(module))
+        return ACTIVATIONS.get(type(module)) if is_plain(module) else None
     if node.op == "call_method" and node.target in ("relu", "relu_"):
         return "relu"
     if node.op != "call_function" or len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
@@ -83,9 +92,13 @@ def _activation(owner: nn.Module, node: fx.Node) -> str | None:
     return FUNCTIONS.get(node.target)
 
 
+def _in_place(sum_: fx.Node) -> bool:
+    return sum_.target in SUMS_IN_PLACE or (sum_.op == "call_method" and sum_.target == "add_")
+
+
 def _other_summand(node: fx.Node, value: fx.Node) -> Any:
     """What `node` adds to `value` without changing it; None if it does something else."""
-    in_place = node.target in SUMS_IN_PLACE or (node.op == "call_method" and node.target == "add_")
+    in_place = _in_place(node)
     if not in_place and not (
         (node.op == "call_function" and node.target in SUMS)
         or (node.op == "call_method" and node.target == "add")
@@ -104,18 +117,16 @@ def _other_summand(node: fx.Node, value: fx.Node) -> Any:
 def _chain(owner: nn.Module, norm: fx.Node) -> Chain | None:
     """The longest one that begins with the BatchNorm of `norm`."""
     nodes: list[fx.Node] = []
-    residual = activation = activation_module = dropout_module = None
+    activation = activation_module = dropout_module = None
 
     def following() -> fx.Node | None:
         return _only_user(nodes[-1] if nodes else norm)
 
     node = following()
-    if node is not None:
-        other = _other_summand(node, norm)
-        if isinstance(other, fx.Node):
-            residual = other
-            nodes.append(node)
-            node = following()
+    adds = node is not None and isinstance(_other_summand(node, norm), fx.Node)
+    if node is not None and adds:
+        nodes.append(node)
+        node = following()
     if node is not None:
         activation = _activation(owner, node)
         if activation is not None:
@@ -124,12 +135,12 @@ def _chain(owner: nn.Module, norm: fx.Node) -> Chain | None:
             node = following()
     if node is not None:
         module = _module(owner, node)
-        if type(module) is Dropout and not has_hooks(module):
+        if type(module) is Dropout and is_plain(module):
             dropout_module = str(node.target)
             nodes.append(node)
     if not nodes:
         return None
-    return Chain(norm, nodes, residual, activation, activation_module, dropout_module)
+    return Chain(norm, nodes, adds, activation, activation_module, dropout_module)
 
 
 def _may_wait(owner: nn.Module, order: list[fx.Node], chain: Chain) -> bool:
@@ -157,7 +168,7 @@ def chains(owner: nn.Module, graph: fx.Graph) -> list[Chain]:
     found = []
     for node in order:
         module = _module(owner, node)
-        if type(module) not in NORMS or has_hooks(module):
+        if module is None or type(module) not in NORMS or not is_plain(module):
             continue
         same = [target for target in calls if owner.get_submodule(str(target)) is module]
         chain = _chain(owner, node)
@@ -189,7 +200,8 @@ def rewrite(graph: fx.Graph, found: list[Chain]) -> None:
             ]
             layer, activation_module, dropout = modules
             arguments = (layer, chain.norm.args[0], chain.residual, chain.activation)
-            new = graph.call_function(run, (*arguments, activation_module, dropout))
+            in_place = chain.adds and _in_place(chain.nodes[0])
+            new = graph.call_function(run, (*arguments, activation_module, dropout, in_place))
         last.replace_all_uses_with(new)
         for node in reversed([chain.norm, *chain.nodes]):
             graph.erase_node(node)
@@ -203,9 +215,15 @@ def run(
     activation: str | None,
     activation_module: nn.Module | None,
     dropout: nn.Dropout | None,
+    in_place: bool,
 ) -> Tensor:
-    """What a chain does."""
+    """What a chain does; `in_place`: its sum changes the result of the BatchNorm."""
     slope = getattr(activation_module, "negative_slope", 0.01)
+    if in_place and residual is not None and not is_like(residual, x):
+        y = layer(x)
+        y += residual  # which keeps its shape and dtype, or is an error
+        y = _bridge.ACTIVATIONS[activation](y, slope)
+        return y if dropout is None else dropout(y)
     drops = dropout is not None and dropout.training
     inside = drops and layer.training
     y = normalize(
@@ -220,7 +238,7 @@ def run(
 
 
 # -- in the module ---------------------------------------------------------------------------------
-class FusedForward:
+class FusedForward(ClassForward):
     """In the place of a module's ``forward``: the same with fewer passes over memory.
 
     Where anything is not as it was when the graph was made, it runs the method of the class.
@@ -228,6 +246,7 @@ class FusedForward:
 
     def __init__(self, owner: nn.Module, traced: Traced, found: list[Chain]) -> None:
         self.owner = owner
+        self.method: Callable[..., Any] | None = type(owner).forward
         self.reads = traced.reads
         self.children = traced.children
         targets = [
@@ -238,22 +257,33 @@ class FusedForward:
         ]
         self.skipped = [owner.get_submodule(str(target)) for target in targets]
         self.skipped += [module for module, _ in traced.children[1:]]
-        self.types = [type(module) for module in self.skipped]
-        self.function: Callable[..., Any] | None = _compile(traced.graph, found)
+        self.kinds = list(map(_kind, self.skipped))
+        rewrite(traced.graph, found)
+        code = traced.graph.python_code("self")
+        self.source, self.names = code.src, dict(code.globals)
+        self.function: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or not self._holds() or any(type(x) is not Tensor for x in args):
+        if (
+            kwargs
+            or torch.compiler.is_compiling()
+            or nn_module._has_any_global_hook()
+            or not self.holds()
+            or any(type(x) is not Tensor for x in args)
+        ):
             return type(self.owner).forward(self.owner, *args, **kwargs)
         if self.function is None:
-            self.function = _again(self.owner)
+            names = dict(self.names)
+            exec(self.source, names)
+            self.function = names["forward"]
         return self.function(self.owner, *args)
 
-    def _holds(self) -> bool:
+    def holds(self) -> bool:
+        """Whether the module is what it was when the graph was made."""
         return (
-            not torch.compiler.is_compiling()
-            and not nn_module._has_any_global_hook()
-            and [type(module) for module in self.skipped] == self.types
-            and not any(map(has_hooks, self.skipped))
+            self.method in (None, type(self.owner).forward)
+            and list(map(_kind, self.skipped)) == self.kinds
+            and all(map(is_plain, self.skipped))
             and all(tuple(m._modules.values()) == children for m, children in self.children)
             and all(_same(m.__dict__.get(name), value) for m, name, value in self.reads)
         )
@@ -266,29 +296,25 @@ class FusedForward:
         raise AttributeError(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "function": None}  # made again where it is needed
+        modules = {name: each.__name__ for name, each in self.names.items() if ismodule(each)}
+        names = {name: each for name, each in self.names.items() if name not in modules}
+        # A copy's class may have a method of its own, as those of torch.fx.GraphModule.
+        own = {"function": None, "method": None, "names": names, "modules": modules}
+        return {**self.__dict__, **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = state.pop("modules")
+        self.__dict__.update(state)
+        self.names.update({name: import_module(each) for name, each in modules.items()})
+
+
+def _kind(module: nn.Module) -> tuple[type[nn.Module], Any]:
+    """The class, and what makes another function of GELU."""
+    return type(module), getattr(module, "approximate", None)
 
 
 def _same(value: Any, before: Any) -> bool:
     return value is before or (type(value) is type(before) and bool(value == before))
-
-
-def _compile(graph: fx.Graph, found: list[Chain]) -> Callable[..., Any]:
-    rewrite(graph, found)
-    code = graph.python_code("self")
-    names = dict(code.globals)
-    exec(code.src, names)
-    function: Callable[..., Any] = names["forward"]
-    return function
-
-
-def _again(owner: nn.Module) -> Callable[..., Any]:
-    """The function of a `FusedForward` that was copied: its owner is as the first one was."""
-    try:
-        traced = trace(owner)
-    except NotTraceable:
-        return type(owner).forward
-    return _compile(traced.graph, chains(owner, traced.graph))
 
 
 def fuse(owner: nn.Module) -> list[Chain]:

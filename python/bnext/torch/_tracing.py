@@ -10,14 +10,18 @@ from __future__ import annotations
 import dis
 import inspect
 import operator
+import random
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 
 class NotTraceable(Exception):
@@ -30,7 +34,8 @@ _Read = tuple[nn.Module, str, Any]
 class Traced(NamedTuple):
     """The graph, and what it holds for.
 
-    `reads`: attributes that Python looked at; `children`: those of each module that was entered.
+    `reads`: attributes that Python looked at; `children`: those of each module that forward may
+    have looked into, not only called.
     """
 
     graph: fx.Graph
@@ -38,19 +43,24 @@ class Traced(NamedTuple):
     children: list[tuple[nn.Module, tuple[nn.Module, ...]]]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` does more than to run its forward method."""
-    return bool(
+class ClassForward:
+    """In the place of a module's ``forward``, and the same as the method of its class."""
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` runs the forward method of its class and nothing else."""
+    forward = module.__dict__.get("forward")
+    return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-    )
+    ) and (forward is None or isinstance(forward, ClassForward))
 
 
 def is_transparent(module: nn.Module) -> bool:
     """Whether its children can be called in its place."""
-    return type(module) is nn.Sequential and not has_hooks(module)
+    return type(module) is nn.Sequential and is_plain(module)
 
 
 def as_leaf(module: nn.Module, *values: Any) -> Any:
@@ -74,12 +84,11 @@ def trace(module: nn.Module) -> Traced:
             parameter.empty
         ):
             raise NotTraceable(f"argument {parameter.name} of forward may be left out")
-    tracer = _Tracer()
     before = _states(module)
     unseen: list[str] = []
     try:
-        with _record(module) as (reads, codes, unseen):
-            graph = tracer.trace(module)
+        with _lock, _no_draws(), _record(module) as (reads, codes, unseen), _NoValues():
+            graph = _Tracer().trace(module)
     except NotTraceable:
         raise
     except Exception as error:  # whatever placeholders made of the user's code
@@ -97,8 +106,69 @@ def trace(module: nn.Module) -> Traced:
     for _, name, value in reads:
         if not _is_constant(value):
             raise NotTraceable(f"forward reads {name}, a {type(value).__name__}")
-    entered = [module, *tracer.entered]
-    return Traced(graph, reads, [(m, tuple(m._modules.values())) for m in entered])
+    called = [module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"]
+    looked_into = _descendants(module, set(map(id, called)))
+    return Traced(graph, reads, [(m, tuple(m._modules.values())) for m in looked_into])
+
+
+# torch.fx, and what records here, change nn.Module while they trace.
+_lock = threading.RLock()
+
+
+def _descendants(module: nn.Module, without: set[int]) -> Iterator[nn.Module]:
+    """`module` and what is below it, each once, but for `without` and what is below those."""
+    without.add(id(module))
+    yield module
+    for child in module.children():
+        if id(child) not in without:
+            yield from _descendants(child, without)
+
+
+class _NoValues(TorchFunctionMode):
+    """Inside, Python does not look at the numbers in tensors, such as buffers and random ones."""
+
+    _reads = (
+        *(getattr(Tensor, f"__{name}__") for name in
+          ("array", "bool", "complex", "contains", "float", "index", "int")),
+        *(Tensor.item, Tensor.numpy, Tensor.tolist, Tensor.equal, Tensor.is_nonzero),
+        *(torch.equal, torch.is_nonzero, torch.allclose, Tensor.allclose),
+    )  # fmt: skip
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in self._reads:
+            raise NotTraceable("forward looks at the numbers in a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _no_draws() -> Iterator[None]:
+    """NotTraceable if random numbers are drawn inside, and as if they had not been."""
+
+    def states() -> tuple[Any, ...]:
+        legacy = np.random.get_state()  # noqa: NPY002 (which is what users may draw from)
+        return random.getstate(), legacy, torch.get_rng_state()
+
+    def key(python: Any, numpy: Any, pytorch: Tensor) -> tuple[Any, ...]:
+        _, words, position, *_ = numpy
+        return python, words.tobytes(), position, pytorch.numpy().tobytes()
+
+    before = states()
+    try:
+        yield
+    finally:
+        drawn = key(*states()) != key(*before)
+        for restore, state in zip(
+            (random.setstate, np.random.set_state, torch.set_rng_state), before, strict=True
+        ):
+            restore(state)
+    if drawn:
+        raise NotTraceable("forward draws random numbers")
 
 
 class _Value(fx.Proxy):
@@ -125,15 +195,16 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.entered: list[nn.Module] = []
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if is_transparent(m):
-            self.entered.append(m)
-            return False
-        return True
+        return not is_transparent(m)
+
+    def create_arg(self, a: Any) -> Any:
+        # A graph makes plain ones of others.
+        plain = (list, dict, tuple, torch.Size)
+        kind = type(a)
+        if issubclass(kind, plain) and kind not in plain and not hasattr(kind, "_fields"):
+            raise NotTraceable(f"forward makes a container that a graph has not: {kind.__name__}")
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -141,14 +212,21 @@ class _Tracer(fx.Tracer):
 
 # Attributes of every module that are not the user's.
 _INTERNAL = set(nn.Module().__dict__) - {"training"}
-# Parts of PyTorch whose effect a graph does not keep.
+# Parts of PyTorch whose effect a graph does not keep,
 _UNSEEN = ("torch.autograd", "torch.amp", "torch.utils.checkpoint")
+# and functions whose answer it does not ask for again.
+_ASKS = {
+    hasattr,  # of which every placeholder has every attribute
+    torch.is_grad_enabled,
+    torch.is_inference_mode_enabled,
+    torch.is_autocast_enabled,
+}
 
 
 @contextmanager
 def _record(root: nn.Module) -> Iterator[tuple[list[_Read], set[CodeType], list[str]]]:
     """What happens inside: attributes of `root` and its descendants that are read, code of others
-    than PyTorch that runs, and modules of PyTorch in `_UNSEEN` that do.
+    than PyTorch that runs, modules of PyTorch in `_UNSEEN` that do, and functions of `_ASKS`.
     """
     reads: dict[tuple[int, str], _Read] = {}
     found: list[_Read] = []
@@ -165,13 +243,18 @@ def _record(root: nn.Module) -> Iterator[tuple[list[_Read], set[CodeType], list[
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         # Nothing may be raised from here, where PyTorch may be importing a part of itself.
-        if event != "call":
+        if event not in ("call", "c_call"):
             return
         module = frame.f_globals.get("__name__", "")
+        package = module.partition(".")[0]
+        users = package not in ("torch", "bnext") and package not in sys.stdlib_module_names
+        if event == "c_call":
+            if users and argument in _ASKS:
+                unseen.append(argument.__name__)
+            return
         if module.startswith(_UNSEEN):
             unseen.append(module)
-        package = module.partition(".")[0]
-        if package not in ("torch", "bnext") and package not in sys.stdlib_module_names:
+        if users:
             codes.add(frame.f_code)
 
     previous = sys.getprofile()
