@@ -261,6 +261,10 @@ def test_fused_repr_and_errors():
         bt.BatchNormAct2d(3, activation="tanh")
     with pytest.raises(ValueError, match=r"BatchNormAct2d: dropout: expected a number in \[0, 1\]"):
         bt.BatchNormAct2d(3, dropout=1.5)
+    with pytest.raises(TypeError, match="BatchNormAct2d: dropout: expected a number, got str"):
+        bt.BatchNormAct2d(3, dropout="a")
+    with pytest.raises(ValueError, match="BatchNormAct2d: negative_slope: expected a finite"):
+        bt.BatchNormAct2d(3, negative_slope=float("nan"))
 
 
 def test_fused_without_the_core_is_the_same():
@@ -319,6 +323,34 @@ def test_dropout_gradients_of_all_orders(case):
     assert type(function(x).grad_fn).__name__ == "DropoutBackward"
     assert torch.autograd.gradcheck(function, x, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, x, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_results_lie_as_those_of_pytorch(rank):
+    """In any order of axes, with gaps or without, so that ``view`` works where it did."""
+    shape = (4, 6, 3, 5, 2)[:rank]
+    dimensions = max(rank - 2, 1)
+    ours, theirs = (getattr(module, f"BatchNorm{dimensions}d")(6) for module in (bt, torch.nn))
+    for order in itertools.permutations(range(rank)):
+        back = [order.index(axis) for axis in range(rank)]
+        for step in (1, 2):
+            x = torch.randn([step * shape[axis] for axis in order]).permute(back)
+            x = x[(slice(None, None, step),) * rank]
+            y, expected = ours(x), theirs(x)
+            assert y.stride() == expected.stride()
+            torch.testing.assert_close(y, expected)
+    expanded = torch.randn(6, 8).expand(4, 6, 8)
+    assert bt.Dropout(0.5)(expanded).is_contiguous()
+
+
+def test_average_of_all_batches_in_float64():
+    ours, theirs = (
+        cls(1, momentum=None).double() for cls in (bt.BatchNorm1d, torch.nn.BatchNorm1d)
+    )
+    for mean in (2e6, 2e6 + 1, 2e6 + 2):
+        x = torch.tensor([[mean - 1], [mean + 1]], dtype=torch.float64)
+        ours(x), theirs(x)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-15, atol=0)
 
 
 # -- Dropout -----------------------------------------------------------------------------------

@@ -121,6 +121,19 @@ def test_one_value_in_all_processes_raises(tmp_path):
     assert in_processes(refuses, tmp_path) == [(message, 0)] * 2
 
 
+def without_samples(rank):
+    norm = bt.SyncBatchNorm(3)
+    y = norm(torch.ones(0, 3, 2))
+    return y.shape, norm.running_mean.clone(), norm.running_var.clone()
+
+
+def test_no_samples_anywhere_leave_the_statistics(tmp_path):
+    for shape, mean, var in in_processes(without_samples, tmp_path):
+        assert shape == (0, 3, 2)
+        assert torch.equal(mean, torch.zeros(3))
+        assert torch.equal(var, torch.ones(3))
+
+
 def evaluated(rank, model, x):
     return model.eval()(x).detach()
 
@@ -175,6 +188,13 @@ def test_synchronized_training_is_that_of_one_process(tmp_path):
         (one(batch.flatten(0, 1)).square().sum() / PROCESSES).backward()  # DDP averages gradients
         optimizer.step()
     torch.testing.assert_close(found[0], dict(one.state_dict()))
+
+
+def test_activations_are_not_lost_in_conversion():
+    model = nn.Sequential(nn.Linear(3, 3), bt.BatchNormAct1d(3))
+    with pytest.raises(TypeError, match="module: 1 is a BatchNormAct1d"):
+        bt.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[1]) is bt.BatchNormAct1d
 
 
 def test_accelerate_takes_those_of_pytorch():

@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
+from bnext.nn import _check
+from bnext.nn.module import number
 from bnext.torch import _autograd, _bridge, _eligible, _library
 from bnext.torch._bridge import Norm
 from bnext.torch._eligible import are_parameters_for, compiling, is_like
@@ -33,7 +35,7 @@ def normalize(
     if not is_eligible(layer, x, residual):
         return composed(layer, x, residual, activation, negative_slope, dropout)
     layer._check_input_dim(x)
-    norm = Norm(layer.eps, _bridge.is_last(x), activation, negative_slope, dropout)
+    norm = Norm(layer.eps, _bridge.is_channels_last(x), activation, negative_slope, dropout)
     if layer.training or layer.running_mean is None:
         count = x.numel() // x.shape[1]
         if count == 1:
@@ -116,8 +118,9 @@ def update_running_stats(layer: TorchBatchNorm, mean: Tensor, var: Tensor, count
     momentum = layer.momentum
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
-        if momentum is None:  # the average of all batches
-            momentum = layer.num_batches_tracked.reciprocal()
+        if momentum is None and layer.running_mean is not None:  # the average of all batches
+            wide = _bridge.parameter_dtype(layer.running_mean.dtype)
+            momentum = layer.num_batches_tracked.to(wide).reciprocal()
     if layer.running_mean is None or momentum is None:
         return
     for running, batch in (
@@ -173,7 +176,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`, faster on CPU tensors; see ``docs/torch.md``."""
 
 
-class _BatchNormAct(TorchBatchNorm):
+class BatchNormAct(TorchBatchNorm):
     def __init__(
         self,
         *args: Any,
@@ -183,13 +186,14 @@ class _BatchNormAct(TorchBatchNorm):
         **kwargs: Any,
     ) -> None:
         kind = type(self).__name__
-        if activation not in _bridge.ACTIVATIONS:
+        if activation not in tuple(_bridge.ACTIVATIONS):
             raise ValueError(
                 f"{kind}: activation: expected one of {tuple(_bridge.ACTIVATIONS)}, "
                 f"got {activation!r}"
             )
-        if not 0 <= dropout <= 1:
+        if not 0 <= number(kind, "dropout", dropout) <= 1:
             raise ValueError(f"{kind}: dropout: expected a number in [0, 1], got {dropout}")
+        _check.finite(kind, "negative_slope", negative_slope)
         super().__init__(*args, **kwargs)
         self.activation = activation
         self.negative_slope = negative_slope
@@ -209,11 +213,11 @@ class _BatchNormAct(TorchBatchNorm):
         return f"{super().extra_repr()}, activation={self.activation!r}, dropout={self.dropout}"
 
 
-class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
+class BatchNormAct1d(BatchNormAct, nn.BatchNorm1d):
     """`BatchNormAct2d` for (N, C) and (N, C, L)."""
 
 
-class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+class BatchNormAct2d(BatchNormAct, nn.BatchNorm2d):
     """BatchNorm, sum with a residual, activation and dropout, in one pass over memory.
 
     ``y = dropout(activation(BatchNorm2d(x) + residual))``
@@ -247,5 +251,5 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
     """
 
 
-class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
+class BatchNormAct3d(BatchNormAct, nn.BatchNorm3d):
     """`BatchNormAct2d` for (N, C, D, H, W)."""

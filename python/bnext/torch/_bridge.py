@@ -106,6 +106,20 @@ def is_last(x: Tensor) -> bool:
     return all(x.stride(1) < x.stride(axis) for axis in others)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch gives what BatchNorm makes of x the format channels_last, or else the
+    contiguous one (``is_channels_last_strides_2d`` in its c10/core/MemoryFormat.h).
+    """
+    if x.dim() not in (4, 5) or x.shape[1] == 1 or x.is_contiguous() or x.stride(1) == 0:
+        return False
+    least = 0
+    for axis in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(axis) < least:
+            return False
+        least = x.stride(axis) * x.shape[axis]
+    return True
+
+
 def empty(x: Tensor, last: bool) -> Tensor:
     """What `to_tensor` returns for a result like x, in shape, dtype and strides."""
     if not last:

@@ -43,6 +43,8 @@ class _Dropout(_DropoutNd):
     def _in_order_of_memory(self, x: Tensor) -> Tensor:
         """With the axes ordered by their strides, so that those of the result are ordered alike."""
         order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
+        if 0 in x.stride():  # an expanded tensor: the result is none
+            order.sort()
         ordered = x.permute(order)
         if self._in_place:
             if not ordered.is_contiguous():

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from bnext import _core
 from bnext.torch import _bridge
-from bnext.torch._batch_norm import is_eligible, normalize, update_running_stats
+from bnext.torch._batch_norm import BatchNormAct, is_eligible, normalize, update_running_stats
 from bnext.torch._bridge import Norm
 from bnext.torch._tracing import as_leaf
 
@@ -91,6 +91,11 @@ class SyncBatchNorm(TorchBatchNorm):
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """Make all BatchNorms of a model synchronized ones, as `torch.nn.SyncBatchNorm` does.
 
+        Raises
+        ------
+        TypeError
+            If the model has a `BatchNormAct2d`, whose activation would be lost, or one like it.
+
         Examples
         --------
         >>> import torch, bnext.torch
@@ -98,6 +103,12 @@ class SyncBatchNorm(TorchBatchNorm):
         >>> type(bnext.torch.SyncBatchNorm.convert_sync_batchnorm(model)[0]).__name__
         'SyncBatchNorm'
         """
+        for name, each in module.named_modules():
+            if isinstance(each, BatchNormAct):
+                raise TypeError(
+                    f"SyncBatchNorm.convert_sync_batchnorm: module: {name or 'it'} is a "
+                    f"{type(each).__name__}, of which there is no synchronized one"
+                )
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
         for each in module.modules():
             if type(each) is nn.SyncBatchNorm:
@@ -110,10 +121,11 @@ def _synchronized(layer: SyncBatchNorm, x: Tensor, group: Any) -> Tensor:
     if x.numel() and not is_eligible(layer, x, None):
         raise TypeError(
             f"SyncBatchNorm: input: expected {layer.num_features} channels of float32, float64, "
-            f"or 16 bits with parameters of these or float32, got shape {tuple(x.shape)}, {x.dtype}"
+            "or 16 bits with parameters of these or float32, eps > 0, and neither torch.func nor "
+            f"forward-mode derivatives; got shape {tuple(x.shape)}, {x.dtype}, eps={layer.eps}"
         )
     y, mean, var, count = _Synchronized.apply(x, layer.weight, layer.bias, layer.eps, group)
-    if layer.track_running_stats:
+    if layer.track_running_stats and count > 0:
         update_running_stats(layer, mean, var, count)
     return y
 
@@ -154,7 +166,7 @@ class _Synchronized(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        last = _bridge.is_last(x)
+        last = _bridge.is_channels_last(x)
         own = _moments(x, last)
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, own, group=group)
