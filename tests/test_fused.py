@@ -273,3 +273,34 @@ def test_constant_statistics_pass_on_no_gradient_of_theirs():
     expected = grad_y * (weight / np.sqrt(np.float32(1 + 1e-5))).reshape(3, 1, 1)
     finite = np.isfinite(x)
     assert np.allclose(grad_x[finite], expected[finite], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[3], SHAPES[8], SHAPES[6]], ids=name_of)
+# The derivative of SiLU is NaN at infinity, PyTorch's too.
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "silu"])
+def test_constant_statistics_give_infinite_values_a_gradient(backend, case, activation, dtype):
+    """It does not depend on x, but for the derivative of the activation."""
+    x, _, grad_y, weight, bias = arrays(case, dtype)
+    channels = np.moveaxis(x, case[1], 0)
+    channels[1].flat[[0, 5]] = np.inf, -np.inf
+    mean, var = np.full_like(weight, 0.5), np.full_like(weight, 2)
+    options = {"channel_axis": case[1], "activation": activation}
+    _, saved = _core.batch_norm_inference_forward(x, mean, var, weight, bias, **options)
+    grad_x = F.batch_norm_backward(grad_y, saved).x
+
+    with np.errstate(invalid="ignore"):
+        expected = reference.BatchNorm(x, weight, bias, mean=mean, var=var, **options)
+        wanted = expected.backward(grad_y)[0]
+    above, below = {
+        None: (1, 1),
+        "leaky_relu": (1, 0.01),
+        "relu6": (0, 0),
+    }.get(activation, (1, 0))
+    if weight[1] < 0:
+        above, below = below, above
+    at = np.moveaxis(grad_y, case[1], 0)[1].flat[[0, 5]].astype(np.float64)
+    factor = weight[1] / np.sqrt(2 + 1e-5)
+    np.moveaxis(wanted, case[1], 0)[1].flat[[0, 5]] = factor * at * (above, below)
+    settled = np.abs(expected.z) > 1e-5
+    close(grad_x[settled], wanted[settled])

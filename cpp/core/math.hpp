@@ -96,6 +96,14 @@ BNEXT_HD static inline X apply(const GradAffine<T>& f, X g, X x) {
   return (f.g_mean - g) * f.minus_g_scale + (f.x_mean - x) * f.minus_x_scale + f.shift;
 }
 
+// The same where the gradient may not depend on x, as by constant statistics: then nothing is made
+// of an infinite x, not the NaN that 0 times it would be.
+template <class T, class X>
+BNEXT_HD static inline X apply_if_it_depends(const GradAffine<T>& f, X g, X x) {
+  const X without = (f.g_mean - g) * f.minus_g_scale + f.shift;
+  return f.minus_x_scale == T{} ? without : apply(f, g, x);
+}
+
 // What the gradients go by: n = (v - center) scale, v being x or, `from_result`, the result without
 // its activation. With a weight that makes up for it, the gradient has one form.
 struct Centered {

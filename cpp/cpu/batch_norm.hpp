@@ -1406,7 +1406,10 @@ void apply_grad_runs(const Grid& grid, const Runs& runs, const Channels& channel
     auto backward = affine.backward;
     // The same number, from which x is taken away once.
     if constexpr (!Tail::linear && Tail::known) backward.x_mean = affine.forward.mean;
-    return apply(backward, through, v);
+    if constexpr (Tail::known)
+      return apply(backward, through, v);
+    else
+      return apply_if_it_depends(backward, through, v);
   };
   write_runs<S, Tail, Tail::adds>(grid, runs, channels, {grad_y, x}, fusion, grad_x, next, value);
 }

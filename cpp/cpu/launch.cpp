@@ -211,7 +211,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   Workspace workspace(
       Workspace::bytes<GradSums>(channels * grid.chunks) + Workspace::bytes<Affine<T>>(channels) +
       Workspace::bytes<GradAffine<T>>(channels) + 4 * Workspace::bytes<double>(channels) +
-      Workspace::bytes<std::uint8_t>(kept_bytes));
+      Workspace::bytes<bool>(channels) + Workspace::bytes<std::uint8_t>(kept_bytes));
   auto* partials = workspace.take<GradSums>(channels * grid.chunks);
   auto* forward = workspace.take<Affine<T>>(channels);
   auto* backward = workspace.take<GradAffine<T>>(channels);
@@ -219,6 +219,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   auto* origin = workspace.take<double>(channels);
   auto* scale = workspace.take<double>(channels);
   auto* weight = workspace.take<double>(channels);
+  auto* finite = workspace.take<bool>(channels);
   fusion.kept = workspace.take<std::uint8_t>(kept_bytes);
   const auto* grad_y = static_cast<const S*>(a.grad_y);
   const auto* x = static_cast<const S*>(a.x);
@@ -227,6 +228,7 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
   const int path = backward_path(fusion, grad_residual != nullptr);
   const auto grad_sums = kernels.grad_sums[path];
   const auto apply_grad = kernels.apply_grad[path];
+  const auto apply_any_grad = kernels.apply_grad[static_cast<int>(Path::general)];
   grid.sum_next = grid.sum_next && apply_grad.sums_next;
   const auto count = static_cast<double>(a.problem.per_channel());
 
@@ -254,14 +256,26 @@ void launch(const BatchNormBackwardArgs& a, const Kernels<S>& kernels) {
         const double sum_gn = (total.gx - (center[c] - origin[c]) * total.g) * scale[c];
         if (a.grad_weight != nullptr) static_cast<T*>(a.grad_weight)[c] = static_cast<T>(sum_gn);
         if (a.grad_bias != nullptr) static_cast<T*>(a.grad_bias)[c] = static_cast<T>(total.g);
+        finite[c] = std::isfinite(sum_gn);
         // Constant statistics pass no gradient on, not even one that is not finite.
         const double mean_g = a.batch_statistics ? total.g / count : 0;
         const double mean_gn = a.batch_statistics ? sum_gn / count : 0;
         backward[c] = grad_normalisation<T>(center[c], scale[c], weight[c], mean_g, mean_gn);
       },
       [&](std::int64_t group, std::int64_t chunk, bool next) {
-        apply_grad.run(grid, group, chunk, grad_y, x, origin, forward, backward, fusion, grad_x,
-                       grad_residual, next ? partials : nullptr);
+        // Nor do they take the gradient of x from x, which may be infinite: the general loops know.
+        const bool* const first = finite + grid.first_channel(group);
+        const bool* const last = finite + grid.last_channel(group);
+        if (a.batch_statistics || std::find(first, last, false) == last) {
+          apply_grad.run(grid, group, chunk, grad_y, x, origin, forward, backward, fusion, grad_x,
+                         grad_residual, next ? partials : nullptr);
+          return;
+        }
+        apply_any_grad.run(grid, group, chunk, grad_y, x, origin, forward, backward, fusion, grad_x,
+                           grad_residual, nullptr);
+        if (next)
+          grad_sums(grid, group + 1, grid.chunks - 1 - chunk, grad_y, x, origin, forward, fusion,
+                    partials);
       });
 }
 

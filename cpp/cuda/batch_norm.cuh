@@ -221,7 +221,7 @@ struct Backward {
     if constexpr (!plain)
       if (a.grad_residual != nullptr) store(static_cast<S*>(a.grad_residual), slot, g, wide);
 #pragma unroll
-    for (int e = 0; e < width_of<S>; ++e) x[e] = apply(of(e).backward, g[e], x[e]);
+    for (int e = 0; e < width_of<S>; ++e) x[e] = apply_if_it_depends(of(e).backward, g[e], x[e]);
     store(static_cast<S*>(a.grad_x), slot, x, wide);
   }
 };
