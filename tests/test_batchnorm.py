@@ -57,8 +57,9 @@ def test_without_running_statistics_evaluation_uses_the_batch():
     assert set(norm.state_dict()) == {"weight", "bias"}
     np.testing.assert_allclose(norm(x), reference.BatchNorm(x).y, atol=1e-5)
     np.testing.assert_allclose(norm.eval().forward(x)[0], reference.BatchNorm(x).y, atol=1e-5)
-    with pytest.raises(ValueError, match=r"1 value per channel .* without running statistics"):
-        norm(x[:1, :, :1, :1])
+    for run in (norm, norm.forward, norm.train().forward):
+        with pytest.raises(ValueError, match=r"1 value per channel .* without running statistics"):
+            run(x[:1, :, :1, :1])
 
 
 @pytest.mark.parametrize("training", [True, False])

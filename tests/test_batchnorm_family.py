@@ -671,6 +671,14 @@ def test_a_copy_has_banks_of_its_own():
         assert norm.fake.num_batches_tracked == 0
 
 
+def test_statistics_that_are_set_are_those_of_the_bank_in_use():
+    norm = nn.BatchNorm(3, banks=("real", "fake")).bank("fake")
+    norm.running_mean = mean = np.full(3, 2.0, np.float32)
+    assert norm.state_dict()["fake.running_mean"] is mean
+    assert (norm.bank("real").running_mean == 0).all()
+    assert norm.bank("fake").running_mean is mean
+
+
 def test_banks_of_a_model():
     model = model_of(banks=("real", "fake"))
     with nn.use_bank(model, "fake"):

@@ -281,14 +281,24 @@ def test_a_write_that_fails_keeps_the_old_file(monkeypatch, path, step, error, e
 
 
 def test_arrays_or_metadata_that_cannot_be_written_keep_the_old_file(path, content):
-    for arrays, metadata, error in (
-        ({}, {"a": object()}, TypeError),
-        ({"a": np.zeros(2, "M8[s]")}, {}, Exception),
+    for arrays, metadata, error, message in (
+        ({}, {"a": object()}, TypeError, "object is not JSON serializable"),
+        *(
+            ({"a": bad}, {}, TypeError, "checkpoint.save: arrays: ")
+            for bad in (np.zeros(2, "M8[s]"), np.zeros(2, complex), "text", [None])
+        ),
+        ({"a": [[1], [1, 2]]}, {}, ValueError, "checkpoint.save: 'a': expected an array"),
+        ({"__metadata__": np.ones(2)}, {}, ValueError, "arrays: expected other keys than '__meta"),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=message):
             checkpoint.save(path, arrays, metadata)
         assert path.read_bytes() == content
         assert files(path.parent) == [path.name]
+
+
+def test_lists_will_do(path):
+    checkpoint.save(path, {"a": [1.0, 2.0]}, METADATA)
+    assert_holds(path, {"a": np.array([1.0, 2.0])}, METADATA)
 
 
 def test_folder_that_is_not_there(tmp_path):

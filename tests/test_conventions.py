@@ -204,3 +204,15 @@ def test_dtypes(dtype):
 def test_wrong_calls(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_other_normalization_of_pytorch():
+    torch = pytest.importorskip("torch", reason="PyTorch is the peer; pip install bnext[peers]")
+    instance = torch.nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    with pytest.raises(TypeError, match=r"expected a torch.nn.BatchNorm, got InstanceNorm2d"):
+        conventions.from_torch(instance)
+    lazy = torch.nn.LazyBatchNorm2d()
+    with pytest.raises(ValueError, match="got none: run the LazyBatchNorm2d once"):
+        conventions.from_torch(lazy)
+    lazy(torch.ones(2, 3, 4, 4))
+    assert conventions.from_torch(lazy).options["num_features"] == 3

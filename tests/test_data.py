@@ -611,10 +611,10 @@ def test_a_batch_may_be_changed_without_changing_the_data() -> None:
 @pytest.mark.parametrize(
     ("n_labels", "batch_size", "last_batch", "reason"),
     [
-        (5, 2, "merge", "y: expected 6 labels, one per sample, got 5"),
-        (6, 0, "merge", "batch_size: expected 1 or more, got 0"),
-        (6, 2, "wrap", "last_batch: expected .* got 'wrap'"),
-        (6, 7, "drop", "no batch: 6 samples, batch_size 7, last_batch 'drop'"),
+        (5, 2, "merge", "batches: y: expected 6 labels, one per sample, got 5"),
+        (6, 0, "merge", "batches: batch_size: expected 1 or more, got 0"),
+        (6, 2, "wrap", "batches: last_batch: expected .* got 'wrap'"),
+        (6, 7, "drop", "batches: expected one batch or more, got none of 6 samples with batch_si"),
     ],
 )
 def test_unusable_arguments_are_named_at_the_call(
@@ -622,3 +622,30 @@ def test_unusable_arguments_are_named_at_the_call(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         data.batches(np.ones((6, 1)), np.ones(n_labels), batch_size, last_batch=last_batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "reason"),
+    [
+        ({"seed": -1}, ValueError, "batches: seed: expected 0 or more, got -1"),
+        ({"epoch": -1}, ValueError, "batches: epoch: expected 0 or more, got -1"),
+        ({"batch_size": 2.5}, TypeError, "batches: batch_size: expected an integer, got 2.5"),
+    ],
+)
+def test_numbers_are_checked_at_the_call(
+    options: dict[str, Any], error: type[Exception], reason: str
+) -> None:
+    with pytest.raises(error, match=reason):
+        data.batches(np.ones((6, 1)), np.ones(6), **{"batch_size": 2, **options})
+
+
+def test_lists_will_do() -> None:
+    normalizer = data.Normalizer([1.0], [2.0])
+    ((x, y),) = data.batches([[1.0], [3.0]], [0, 1], 2, normalizer=normalizer)
+    np.testing.assert_array_equal(x, [[0], [1]])
+    np.testing.assert_array_equal(y, [0, 1])
+
+
+def test_number_of_batches_names_itself() -> None:
+    with pytest.raises(ValueError, match="num_batches: batch_size: expected 1 or more, got 0"):
+        data.num_batches(6, 0)

@@ -556,6 +556,12 @@ def test_bad_arguments(build, error, message):
         build()
 
 
+@members
+def test_p_may_be_an_array_of_one_number(forward, backward, layer):
+    ys = [forward(X, p, generator=bnext.Generator(1))[0] for p in (0.5, np.array(0.5))]
+    np.testing.assert_array_equal(*ys)
+
+
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
@@ -649,9 +655,13 @@ def test_blocks(shape, block_size, p):
 
 
 def test_share_that_blocks_drop():
-    """With p = 0.1 and blocks of 7 in 56x56, overlap leaves 0.091 (to first order)."""
+    """A pixel is dropped unless none of the blocks that can cover it begins."""
     kept = F.drop_block2d_mask(1, 0, (64, 64, 56, 56), 0.1, 7)
-    assert 1 - kept.mean() == pytest.approx(0.0928, abs=0.003)
+    along_an_axis = np.convolve(np.ones(50), np.ones(7))
+    rate = 0.1 * 56**2 / (7**2 * 50**2)
+    share = 1 - ((1 - rate) ** np.outer(along_an_axis, along_an_axis)).mean()
+    assert round(share, 4) == 0.0946
+    assert 1 - kept.mean() == pytest.approx(share, abs=0.0005)
     # With blocks of one element it is plain dropout.
     kept = F.drop_block2d_mask(1, 0, (2, 3, 20, 20), 0.3, 1)
     assert np.array_equal(kept, F.dropout_mask(1, 0, (2, 3, 20, 20), 0.3))

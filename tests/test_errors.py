@@ -18,6 +18,7 @@ W = np.ones(3, np.float32)
 VAR = np.full(3, 2.0, np.float32)
 ROWS = X[:2, :, 0, 0]
 PAIR = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm(3))
+RAGGED = [[1.0, 2.0], [3.0]]
 LAST = np.ascontiguousarray(np.moveaxis(X, 1, -1))
 
 
@@ -154,6 +155,9 @@ BAD_CALLS = [
     (lambda: F.dropout_backward(G, 0.5), TypeError, "dropout_backward: saved: expected what dropout_forward returned, got float"),
     (forward_then_dropout_backward, TypeError, "saved: .*got .*BatchNormSaved"),
     (lambda: F.channel_dropout_forward(X, channel_axis=1.0), TypeError, "channel_dropout_forward: channel_axis: expected 1 or -1, got 1.0"),
+    (lambda: F.channel_dropout_mask(0, 0, (2, 3, -1, 4), 0.5), ValueError, r"channel_dropout_mask: shape: expected no negative extent, got \(2, 3, -1, 4\)"),
+    (lambda: F.drop_block2d_mask(0, 0, (2, 3, -1, 4), 0.5), ValueError, "drop_block2d_mask: shape: expected no negative extent"),
+    (lambda: F.drop_block2d_mask(0, 0, (2, 3, 4, 4), np.ones(2)), TypeError, "drop_block2d_mask: p: expected a number, got ndarray"),
     (lambda: F.channel_dropout_mask(0, 0, None, 0.5), TypeError, "channel_dropout_mask: shape: expected a tuple of integers, got None"),
     (lambda: F.drop_path_mask(0, 0, 3.5, 0.5), TypeError, "drop_path_mask: shape: expected a tuple of integers, got 3.5"),
     (lambda: F.drop_block2d_mask(0, 0, (2, 3), 0.5), ValueError, r"drop_block2d_mask: shape: expected \(N, C, H, W\), got shape \(2, 3\)"),
@@ -166,7 +170,10 @@ BAD_CALLS = [
     (lambda: UncertaintyWeighting([1]).forward(["x"]), TypeError, "UncertaintyWeighting: losses: expected numbers, got <U1"),
     (lambda: l2_penalty(None, 0.1), TypeError, "l2_penalty: parameters: expected several, got one NoneType"),
     (lambda: bnext.fold(nn.Linear(3, 3).eval(), ROWS, tolerance=-1), ValueError, "fold: tolerance: expected a number >= 0, got -1"),
-    (lambda: bnext.reestimate(nn.BatchNorm(3), None), TypeError, "reestimate: loader: expected an iterable of batches, got NoneType"),
+    (lambda: bnext.reestimate(nn.BatchNorm(3), None), TypeError, "reestimate: loader: expected an iterable of batches, such as .x., got NoneType"),
+    (lambda: bnext.reestimate(nn.BatchNorm(3), {"x": X}), TypeError, "reestimate: loader: .*, got dict"),
+    (lambda: bnext.reestimate(nn.BatchNorm(3), "x"), TypeError, "reestimate: loader: .*, got str"),
+    (lambda: bnext.fold(nn.Linear(3, 3).eval(), RAGGED), ValueError, "fold: probe: expected an array, got a list that is none"),
     (lambda: BatchNormScaling(PAIR, clip=("a", "b")), ValueError, "BatchNormScaling: clip: expected two numbers"),
     *(
         (lambda call=call: call(X), TypeError, f"{name}: model: expected a Module, got ndarray")
@@ -205,6 +212,12 @@ BAD_CALLS = [
     (lambda: nn.BatchNorm(3, channel_axis=2), ValueError, "BatchNorm: channel_axis: expected 1 or -1, got 2"),
     (lambda: layer(nn.BatchNorm(4), X), ValueError, r"BatchNorm: expected 4 channels on axis 1, got 3 \(shape \(4, 3, 5, 5\)\)"),
     (lambda: layer(nn.BatchNorm(3), X[:1, :, :1, :1]), ValueError, r"BatchNorm: 1 value per channel \(shape \(1, 3, 1, 1\)\) in training mode; .*eval\(\)"),
+    (lambda: nn.BatchNorm(3, track_running_stats=False)(X[:1, :, :1, :1]), ValueError, "BatchNorm: 1 value .* without running statistics; .* last batch of one sample$"),
+    (lambda: nn.BatchNorm(3)(RAGGED), ValueError, "BatchNorm: x: expected an array, got a list that is none"),
+    (lambda: nn.BatchNorm(2)(ROWS[:, :2], RAGGED), ValueError, "BatchNorm: residual: expected an array"),
+    (lambda: nn.BatchNorm(2)(ROWS[:, :2], mask=RAGGED), ValueError, "BatchNorm: mask: expected an array"),
+    (lambda: nn.ReLU()(RAGGED), ValueError, "ReLU: x: expected an array, got a list that is none"),
+    (lambda: nn.Residual(nn.ReLU())(RAGGED), ValueError, "Residual: x: expected an array"),
     (lambda: layer(nn.BatchNorm(3), X.astype(float)), TypeError, "x: expected dtype float32, float16 or bfloat16 like the layer, got float64"),
     (lambda: layer(nn.BatchNorm(3), W), ValueError, "x: expected 2 or more dimensions"),
     (lambda: layer(nn.BatchNorm1d(3), X), ValueError, r"BatchNorm1d: expected 2 or 3 dimensions, .*got shape \(4, 3, 5, 5\)"),

@@ -508,6 +508,7 @@ X = np.zeros((2, 3, 5, 5), F32)
         (nn.Conv2d(3, 4, 3, dtype=F64), X, TypeError, "expected float64.*got float32"),
         (nn.Conv2d(3, 4, (2, 6)), X, ValueError, "at least 2 and 6 .*2x6, got 5x5"),
         (nn.Conv2d(3, 4, 3, dilation=3, padding=(1, 0)), X, ValueError, "at least 5 and 7"),
+        (nn.Conv2d(3, 4, (1, 7), padding=(2, 0)), X, ValueError, "at least 0 and 7 .*1x7, got 5"),
         (nn.Linear(4, 2), X, ValueError, r"expected shape \(\*, 4\), got \(2, 3, 5, 5\)"),
         (nn.Linear(5, 2), X.astype(F64), TypeError, "expected float32.*got float64"),
         (nn.Linear(5, 2), F32(1), ValueError, r"expected shape \(\*, 5\), got \(\)"),
@@ -573,6 +574,15 @@ def test_wrong_gradients(case):
             "MaxPool2d: padding: expected at most",
         ),
         (lambda: nn.AvgPool2d(2, 0), ValueError, "AvgPool2d: stride: expected 1 or more, got 0"),
+        (lambda: nn.Residual(None), TypeError, "Residual: body: expected a Module, got NoneType"),
+        (lambda: nn.Residual(nn.ReLU(), "x"), TypeError, "Residual: shortcut: expected a Module"),
+        (
+            lambda: nn.Residual(nn.ReLU(), norm=nn.ReLU()),
+            TypeError,
+            "Residual: norm: expected a BatchNorm, got ReLU",
+        ),
+        (lambda: nn.Flatten("a"), TypeError, "Flatten: start_dim: expected an integer, got 'a'"),
+        (lambda: nn.Flatten(1, 2.5), TypeError, "Flatten: end_dim: expected an integer, got 2.5"),
         (lambda: nn.Sequential(nn.ReLU), TypeError, "Sequential: 0: expected a Module, got type"),
     ],
 )

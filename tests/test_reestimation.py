@@ -162,7 +162,7 @@ def test_a_layer_that_nothing_reaches():
         (nn.BatchNorm(2).freeze(), PIECES, ValueError, "that are not frozen, got none"),
         (nn.BatchNorm(2, channel_mask=[False] * 2), PIECES, ValueError, "got none"),
         (nn.BatchNorm(2), [], ValueError, "loader: expected one batch or more, got none"),
-        (nn.BatchNorm(2), X, TypeError, "loader: expected an iterable of batches, got an array"),
+        (nn.BatchNorm(2), X, TypeError, r"iterable of batches, such as \[x\], got nda"),
         (
             nn.BatchNorm(2),
             [*PIECES, np.full_like(X, np.nan)],

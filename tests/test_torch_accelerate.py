@@ -337,6 +337,11 @@ def test_model_stays_the_object_it_is():
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match="accelerate: model: expected a torch.nn.Module, got list"):
+        bt.accelerate([nn.BatchNorm2d(3)])
+
+
 def test_a_module_by_itself():
     model, report = bt.accelerate(nn.Dropout(0.1))
     assert type(model) is bt.Dropout

@@ -553,6 +553,26 @@ def test_a_checkpoint_that_is_not_of_a_training_run(tmp_path):
         Snapshot.load(tmp_path / "a")
 
 
+def test_a_checkpoint_with_other_arrays(tmp_path):
+    checkpoint.save(tmp_path / "a", {"other/x": np.ones(3)}, {"training": {}})
+    with pytest.raises(CheckpointError, match="a: 'other/x': expected an array of one of model, "):
+        Snapshot.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: trainer(batch_size=0), ValueError, "Trainer: batch_size: expected 1 or more"),
+        (lambda: trainer(seed=2.5), TypeError, "seed: expected an integer, got"),
+        (lambda: Trainer(None, None, schedule, DATA), TypeError, "Trainer: model: expected a Mod"),
+        (lambda: trainer().fit(1.5), TypeError, "Trainer.fit: epochs: expected an integer, got 1"),
+    ],
+)
+def test_wrong_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
 @pytest.mark.parametrize("epochs", [0, -1])
 def test_no_epochs(epochs):
     with pytest.raises(ValueError, match=f"fit: epochs: expected 1 or more, got {epochs}"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numbers
+import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,15 @@ _PIECE = 1 << 16
 
 
 def probability(operation: str, p: float) -> float:
-    if not isinstance(p, numbers.Real):
+    if not isinstance(p, SupportsFloat) or np.ndim(p):
         raise TypeError(f"{operation}: p: expected a number, got {type(p).__name__}")
+    p = float(p)
     if not 0 <= p <= 1:
         raise ValueError(f"{operation}: p: expected a probability in [0, 1], got {p:g}")
-    return float(p)
+    return p
 
 
-def integer(operation: str, argument: str, value: SupportsIndex, least: int) -> int:
+def integer(operation: str, argument: str, value: SupportsIndex, least: float = -math.inf) -> int:
     """`value` as an int >= `least`."""
     try:
         number = operator.index(value)
@@ -41,11 +42,14 @@ def integer(operation: str, argument: str, value: SupportsIndex, least: int) -> 
 def sizes(operation: str, argument: str, value: Iterable[SupportsIndex]) -> tuple[int, ...]:
     """`value` as a shape; whose sizes it may have is for others to say."""
     try:
-        return tuple(operator.index(size) for size in value)
+        shape = tuple(operator.index(size) for size in value)
     except TypeError:
         raise TypeError(
             f"{operation}: {argument}: expected a tuple of integers, got {value!r}"
         ) from None
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{operation}: {argument}: expected no negative extent, got {shape}")
+    return shape
 
 
 def channel_axis(operation: str, value: SupportsIndex) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bnext import _extras
+from bnext.nn import _check
 from bnext.nn.module import Array
 
 __all__ = ["CheckpointError", "load", "save", "write_atomically"]
@@ -71,31 +72,37 @@ def save(
     Parameters
     ----------
     path : path-like
-    arrays : mapping of str to ndarray
+    arrays : mapping of str to array_like
         Of any shape, 0-dimensional ones included, and any number type safetensors knows.
+        "__metadata__" is no key: the format has it.
     metadata : mapping
         Anything `json.dumps` takes.
 
     Raises
     ------
+    ValueError, TypeError
+        For keys and dtypes that safetensors has not.
     OSError
         If the file cannot be written; what was at `path` before is still there.
     ImportError
         Without safetensors.
     """
+    safetensors = _extras.require("safetensors", "saving a checkpoint")
     safetensors_numpy = _extras.require("safetensors.numpy", "saving a checkpoint")
+    if "__metadata__" in arrays:
+        raise ValueError("checkpoint.save: arrays: expected other keys than '__metadata__'")
     arrays = {
-        key: np.asarray(array, array.dtype.newbyteorder("="), order="C")
+        key: np.asarray(_check.native("checkpoint.save", repr(key), array), order="C")
         for key, array in arrays.items()
     }
     document = json.dumps(metadata)
-    header = {
-        "format": "bnext",
-        "version": str(_VERSION),
-        "crc32": _checksum(arrays, document),
-        "document": document,
-    }
-    write_atomically(path, safetensors_numpy.save(arrays, metadata=header))
+    header = {"format": "bnext", "version": str(_VERSION), "document": document}
+    try:
+        header["crc32"] = _checksum(arrays, document)
+        content = safetensors_numpy.save(arrays, metadata=header)
+    except (safetensors.SafetensorError, TypeError) as error:
+        raise TypeError(f"checkpoint.save: arrays: {error}") from error
+    write_atomically(path, content)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]]:

@@ -65,7 +65,9 @@ def from_torch(module: Any) -> Converted:
     Raises
     ------
     TypeError
-        If it has not.
+        If it has not, or is an instance normalization.
+    ValueError
+        If it is a lazy one that has seen no input.
 
     Examples
     --------
@@ -77,6 +79,14 @@ def from_torch(module: Any) -> Converted:
         raise TypeError(
             "from_torch: module: expected a torch.nn.BatchNorm, got "
             f"{type(module).__name__} without {', '.join(missing)}"
+        )
+    if any(base.__name__ == "_InstanceNorm" for base in type(module).__mro__):
+        raise TypeError(
+            f"from_torch: module: expected a torch.nn.BatchNorm, got {type(module).__name__}"
+        )
+    if module.num_features == 0:
+        raise ValueError(
+            f"from_torch: module: expected features, got none: run the {type(module).__name__} once"
         )
     state = {name: _array(tensor.cpu()) for name, tensor in module.state_dict().items()}
     options = {name: getattr(module, name) for name in names}

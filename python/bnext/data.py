@@ -24,6 +24,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bnext._pieces import integer
+
 __all__ = ["Augment", "DataError", "Dataset", "Normalizer", "batches", "load", "num_batches"]
 
 LastBatch = Literal["merge", "keep", "drop"]
@@ -360,8 +362,8 @@ class Normalizer:
 
     Parameters
     ----------
-    mean, std : array (C,), float64
-        Finite, `std` > 0.
+    mean, std : array_like (C,)
+        Finite, `std` > 0; kept in float64.
 
     Raises
     ------
@@ -373,6 +375,8 @@ class Normalizer:
     std: NDArray[np.float64]
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
         if self.mean.ndim != 1 or self.mean.shape != self.std.shape:
             raise ValueError(
                 "Normalizer: expected mean and std of one shape (C,), "
@@ -433,7 +437,7 @@ class Normalizer:
         """Inverse of `to_dict`; ValueError for missing or unknown keys and unusable values."""
         if set(arrays) != {"mean", "std"}:
             raise ValueError(f"Normalizer: expected keys mean and std, got {sorted(arrays)}")
-        return cls(*(np.asarray(arrays[key], dtype=np.float64) for key in ("mean", "std")))
+        return cls(arrays["mean"], arrays["std"])
 
 
 @dataclass(frozen=True)
@@ -495,17 +499,25 @@ def num_batches(n: int, batch_size: int, last_batch: LastBatch = "merge") -> int
     ------
     ValueError
         Unknown `last_batch`, `batch_size` below 1, or no batch at all.
+    TypeError
+        If `batch_size` is no integer.
     """
+    return _count("num_batches", n, batch_size, last_batch)
+
+
+def _count(operation: str, n: int, batch_size: int, last_batch: LastBatch) -> int:
     if last_batch not in ("merge", "keep", "drop"):
-        raise ValueError(f'last_batch: expected "merge", "keep" or "drop", got {last_batch!r}')
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+        raise ValueError(
+            f'{operation}: last_batch: expected "merge", "keep" or "drop", got {last_batch!r}'
+        )
+    batch_size = integer(operation, "batch_size", batch_size, 1)
     full, rest = divmod(n, batch_size)
     joins_preceding = last_batch == "merge" and rest == 1 and full > 0
     count = full if rest == 0 or last_batch == "drop" or joins_preceding else full + 1
     if count < 1:
         raise ValueError(
-            f"no batch: {n} samples, batch_size {batch_size}, last_batch {last_batch!r}"
+            f"{operation}: expected one batch or more, got none of {n} samples with "
+            f"batch_size {batch_size}, last_batch {last_batch!r}"
         )
     return count
 
@@ -529,8 +541,8 @@ def batches(
 
     Parameters
     ----------
-    x : array (N, C, H, W) or (N, features)
-    y : array (N,)
+    x : array_like (N, C, H, W) or (N, features)
+    y : array_like (N,)
     batch_size : int
     shuffle : bool
     seed, epoch : int
@@ -550,12 +562,15 @@ def batches(
 
     Raises
     ------
-    ValueError
-        At the call: `x` and `y` differ in length, or as in `num_batches`.
+    ValueError, TypeError
+        At the call: `x` and `y` differ in length, `seed` or `epoch` is negative or no integer, or
+        as in `num_batches`.
     """
+    x, y = np.asarray(x), np.asarray(y)
     if len(x) != len(y):
         raise ValueError(f"batches: y: expected {len(x)} labels, one per sample, got {len(y)}")
-    count = num_batches(len(x), batch_size, last_batch)
+    count = _count("batches", len(x), batch_size, last_batch)
+    seed, epoch = integer("batches", "seed", seed, 0), integer("batches", "epoch", epoch, 0)
     edges = [batch_size * number for number in range(count)]
     edges.append(batch_size * count if last_batch == "drop" else len(x))
     # A spawn key keeps (seed, epoch) pairs apart; default_rng([seed, epoch]) mixes up large seeds.

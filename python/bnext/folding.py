@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def fold(model: Module, probe: npt.ArrayLike, *, tolerance: float = 1e-4) -> Fol
     model : Module
         In evaluation mode; it is not changed.
     probe : array_like
-        An input, on which both models are compared.
+        An input, on which both models are compared; it also shows which axis is normalized.
     tolerance : float, default 1e-4
         Of the error, in multiples of 1 + max |y|.
 
@@ -94,7 +95,13 @@ def fold(model: Module, probe: npt.ArrayLike, *, tolerance: float = 1e-4) -> Fol
     if not number("fold", "tolerance", tolerance) >= 0:
         raise ValueError(f"fold: tolerance: expected a number >= 0, got {tolerance}")
     result = copy.deepcopy(model)
-    uses = Counter(id(child) for module in result.modules() for child in module.children())
+    probe = _check.native("fold", "probe", probe)
+    expected, ranks = _watched(result, probe)
+    uses = Counter(
+        id(part)
+        for module in result.modules()
+        for part in (*module.children(), *module._parameters.values())
+    )
     kept = {name: "no Conv2d or Linear directly before it" for name, _ in batch_norms(result)}
     folded: dict[str, str] = {}
     for path, module in list(result.named_modules()):
@@ -106,7 +113,7 @@ def fold(model: Module, probe: npt.ArrayLike, *, tolerance: float = 1e-4) -> Fol
             if not isinstance(norm, nn.BatchNorm) or not isinstance(layer, (nn.Conv2d, nn.Linear)):
                 continue
             name = f"{prefix}{after}"
-            reason = _obstacle(layer, norm, uses[id(layer)])
+            reason = _obstacle(layer, norm, uses, ranks.get(id(norm)))
             if reason:
                 kept[name] = reason
                 continue
@@ -114,10 +121,7 @@ def fold(model: Module, probe: npt.ArrayLike, *, tolerance: float = 1e-4) -> Fol
             _leave_activation(module, after, norm)
             folded[name] = f"{prefix}{before}"
             kept.pop(name, None)
-    probe = np.asanyarray(probe)
-    with np.errstate(all="ignore"):
-        expected, y = (np.asarray(run(probe), np.float64) for run in (model, result))
-    error = float(abs(y - expected).max(initial=0))
+    error = float(abs(_run(result, probe) - expected).max(initial=0))
     allowed = tolerance * (1 + float(abs(expected).max(initial=0)))
     if not error <= allowed:
         raise ValueError(
@@ -127,16 +131,41 @@ def fold(model: Module, probe: npt.ArrayLike, *, tolerance: float = 1e-4) -> Fol
     return Folded(result, error, folded, kept)
 
 
-def _obstacle(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm, uses: int) -> str:
-    """Why `norm` cannot become part of `layer`; empty if it can."""
+def _run(model: Module, probe: Array) -> Array:
+    with np.errstate(all="ignore"):
+        return np.asarray(model(probe), np.float64)
+
+
+def _watched(model: Module, probe: Array) -> tuple[Array, dict[int, int]]:
+    """The results of `model`, and the number of axes of what each `BatchNorm` got, by id."""
+    ranks: dict[int, int] = {}
+
+    def watch(norm: nn.BatchNorm, x: Array) -> Array:
+        ranks[id(norm)] = np.ndim(x)
+        return type(norm)._check(norm, x)
+
+    norms = [norm for _, norm in batch_norms(model)]
+    for norm in norms:
+        norm.__dict__["_check"] = partial(watch, norm)
+    y = _run(model, probe)
+    for norm in norms:
+        del norm.__dict__["_check"]
+    return y, ranks
+
+
+def _obstacle(
+    layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm, uses: Counter[int], rank: int | None
+) -> str:
+    """Why `norm`, whose input has `rank` axes, cannot become part of `layer`; empty if it can."""
     if not norm.track_running_stats:
         return "it has no running statistics"
-    if uses > 1:
-        return f"{layer.label} is used in {uses} places"
+    for part, name in ((layer, layer.label), (layer.weight, f"the weight of {layer.label}")):
+        if uses[id(part)] > 1:
+            return f"{name} is used in {uses[id(part)]} places"
     if isinstance(layer, nn.Conv2d):
         features, fits = layer.out_channels, norm.channel_axis == 1
     else:
-        features, fits = layer.out_features, True
+        features, fits = layer.out_features, norm.channel_axis == -1 or rank == 2
     if features != norm.num_features or not fits:
         return "it normalizes another axis than the output channels of the layer before it"
     return ""

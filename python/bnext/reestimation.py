@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ def reestimate(model: Module, loader: Iterable[Any]) -> Table[Reestimated]:
     ValueError
         If there is no layer or no batch, or statistics are not finite. All is as it was then.
     TypeError
-        If `loader` is one array.
+        If `loader` is one array or no iterable of batches.
 
     References
     ----------
@@ -91,11 +91,10 @@ def reestimate(model: Module, loader: Iterable[Any]) -> Table[Reestimated]:
     1     8       0            3.5         1           6          1.429       0.1667
     """
     _check.model("reestimate", model)
-    if isinstance(loader, np.ndarray):
-        raise TypeError("reestimate: loader: expected an iterable of batches, got an array: [x]?")
-    if not isinstance(loader, Iterable):
+    if isinstance(loader, (np.ndarray, str, Mapping)) or not isinstance(loader, Iterable):
         raise TypeError(
-            f"reestimate: loader: expected an iterable of batches, got {type(loader).__name__}"
+            "reestimate: loader: expected an iterable of batches, such as [x], "
+            f"got {type(loader).__name__}"
         )
     layers = {
         name: layer

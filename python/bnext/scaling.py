@@ -84,7 +84,9 @@ class BatchNormScaling(GradientScaling):
         Searched for pairs: a `Conv2d` or `Linear` directly followed by a `BatchNorm` with running
         statistics in a `Sequential`, nested ones and those inside `Residual` included, and as the
         end of the body of a `Residual` with a norm. The output of a pair's layer goes nowhere else;
-        a weight in use at several places is left out.
+        a weight in use at several places is left out. After a `Linear`, the BatchNorm should
+        normalize the last axis: with inputs (N, L, C), one of axis 1 is no pair, but taken for one
+        if L is the number of output features.
     alpha : float, default 0.5
         In [0, 1].
     ref : "geometric_mean" or float > 0, default "geometric_mean"

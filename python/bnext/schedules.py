@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+from bnext._pieces import integer
+from bnext.nn.module import number
 
 __all__ = ["Constant", "Cosine", "Schedule", "Step", "build", "names"]
 
@@ -23,14 +27,15 @@ class Schedule:
     """
 
     def __init__(self, lr: float, *, warmup: int = 0) -> None:
-        self._check("lr", lr, "a finite number > 0", 0 < lr < math.inf)
-        self._check("warmup", warmup, "a whole number of steps >= 0", warmup % 1 == 0 <= warmup)
+        self._check("lr", lr, "a finite number > 0", lambda n: 0 < n < math.inf)
+        self._check("warmup", warmup, "a whole number of steps >= 0", lambda n: n % 1 == 0 <= n)
         self.lr = lr
         self.warmup = int(warmup)
 
-    def _check(self, name: str, value: float, expected: str, good: bool) -> None:
-        if not good:
-            raise ValueError(f"{type(self).__name__}: {name}: expected {expected}, got {value!r}")
+    def _check(self, name: str, value: float, expected: str, good: Callable[[float], bool]) -> None:
+        kind = type(self).__name__
+        if not good(number(kind, name, value)):
+            raise ValueError(f"{kind}: {name}: expected {expected}, got {value!r}")
 
     def factor(self, step: int) -> float:
         """The share of `lr` in force `step` steps after the warm-up."""
@@ -75,8 +80,8 @@ class Step(Schedule):
 
     def __init__(self, lr: float, *, every: int, gamma: float = 0.1, warmup: int = 0) -> None:
         super().__init__(lr, warmup=warmup)
-        self._check("every", every, "a whole number of steps >= 1", every % 1 == 0 < every)
-        self._check("gamma", gamma, "a number in (0, 1]", 0 < gamma <= 1)
+        self._check("every", every, "a whole number of steps >= 1", lambda n: n % 1 == 0 < n)
+        self._check("gamma", gamma, "a number in (0, 1]", lambda n: 0 < n <= 1)
         self.every = int(every)
         self.gamma = gamma
 
@@ -109,9 +114,9 @@ class Cosine(Schedule):
             "total",
             total,
             f"more steps than the warm-up's {warmup}",
-            total % 1 == 0 < total - warmup,
+            lambda n: n % 1 == 0 < n - warmup,
         )
-        self._check("final", final, "a number in [0, 1]", 0 <= final <= 1)
+        self._check("final", final, "a number in [0, 1]", lambda n: 0 <= n <= 1)
         self.total = int(total)
         self.final = final
 
@@ -138,11 +143,12 @@ def build(
     ValueError
         If `name` is unknown, there is no step to train, or the warm-up is negative or leaves
         no epoch to train.
+    TypeError
+        For numbers that are something else.
     """
-    for argument, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
-        if value < 1:
-            raise ValueError(f"schedules.build: {argument}: expected 1 or more, got {value}")
-    if not 0 <= warmup_epochs < epochs:
+    epochs = integer("schedules.build", "epochs", epochs, 1)
+    steps_per_epoch = integer("schedules.build", "steps_per_epoch", steps_per_epoch, 1)
+    if not 0 <= number("schedules.build", "warmup_epochs", warmup_epochs) < epochs:
         raise ValueError(
             f"schedules.build: warmup_epochs: expected a number from 0 to below "
             f"{epochs} (the epochs), got {warmup_epochs}"

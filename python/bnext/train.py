@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bnext import _extras, checkpoint, random
+from bnext._pieces import integer
 from bnext.checkpoint import CheckpointError
 from bnext.data import Augment, DataError, Dataset, Normalizer, batches, num_batches
 from bnext.losses import softmax_cross_entropy
+from bnext.nn import _check
 from bnext.nn.module import Array, Module
 from bnext.optim import Optimizer
 
@@ -177,6 +179,10 @@ class Snapshot:
         groups: dict[str, dict[str, Array]] = {"model": {}, "optimizer": {}, "normalizer": {}}
         for key, array in arrays.items():
             group, _, name = key.partition("/")
+            if group not in groups:
+                raise CheckpointError(
+                    f"{path}: {key!r}: expected an array of one of {', '.join(groups)}"
+                )
             groups[group][name] = array
         training["optimizer"].update(groups["optimizer"])
         normalizer = groups["normalizer"]
@@ -246,12 +252,12 @@ class Trainer:
         log: Callable[[str], object] = print,
     ) -> None:
         _check_dataset(dataset)
-        self.model = model
+        self.model = _check.model("Trainer", model)
         self.optimizer = optimizer
         self.schedule = schedule
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
+        self.batch_size = integer("Trainer", "batch_size", batch_size, 1)
+        self.seed = integer("Trainer", "seed", seed, 0)
         self.normalizer = normalizer
         self.augment = augment
         self.out = None if out is None else Path(out)
@@ -339,8 +345,7 @@ class Trainer:
         NonFiniteLossError
             If the loss becomes NaN or infinite. No checkpoint is written after that.
         """
-        if epochs < 1:
-            raise ValueError(f"Trainer.fit: epochs: expected 1 or more, got {epochs}")
+        epochs = integer("Trainer.fit", "epochs", epochs, 1)
         if self.out is not None:
             # A missing package or an unwritable folder shows now, not after an epoch.
             _extras.require("matplotlib", "plotting the training curves")

@@ -22,12 +22,21 @@ _WEIGHTS = (np.float32, np.float64)
 
 
 def native(where: str, argument: str, x: npt.ArrayLike) -> Array:
-    """`x` as an array of this machine's byte order; TypeError if some of it is masked."""
+    """`x` as an array of this machine's byte order; TypeError if some of it is masked.
+
+    ValueError if it is no array, but a ragged list.
+    """
     if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
         raise TypeError(
             f"{where}: {argument}: expected an array without masked values, got a masked array"
         )
-    array = np.asarray(x)
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {argument}: expected an array, "
+            f"got a {type(x).__name__} that is none: {error}"
+        ) from None
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
@@ -103,11 +112,16 @@ def generator(kind: str, given: Generator | None) -> Generator | None:
     return given
 
 
-def model(operation: str, given: Module) -> Module:
+def layer(where: str, argument: str, given: Any) -> Module:
     """`given`; TypeError unless it is a Module."""
     if not isinstance(given, Module):
-        raise TypeError(f"{operation}: model: expected a Module, got {type(given).__name__}")
+        raise TypeError(f"{where}: {argument}: expected a Module, got {type(given).__name__}")
     return given
+
+
+def model(operation: str, given: Module) -> Module:
+    """`given`; TypeError unless it is a Module."""
+    return layer(operation, "model", given)
 
 
 def pair(
@@ -131,10 +145,10 @@ def positions(
     """Number of window positions along each axis of an image; ValueError if none fits."""
     extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     if any(s + 2 * p < e for s, p, e in zip(size, padding, extent, strict=True)):
+        least = [max(0, e - 2 * p) for e, p in zip(extent, padding, strict=True)]
         raise ValueError(
-            f"{module.label}: x: expected a height and width of at least "
-            f"{extent[0] - 2 * padding[0]} and {extent[1] - 2 * padding[1]} for a window of "
-            f"{extent[0]}x{extent[1]}, got {size[0]}x{size[1]}"
+            f"{module.label}: x: expected a height and width of at least {least[0]} and {least[1]} "
+            f"for a window of {extent[0]}x{extent[1]}, got {size[0]}x{size[1]}"
         )
     height, width = (
         (s + 2 * p - e) // t + 1 for s, p, e, t in zip(size, padding, extent, stride, strict=True)

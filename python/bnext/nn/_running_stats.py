@@ -74,6 +74,11 @@ class RunningStats(Module):
         elif self.track_running_stats:
             _register_running_stats(self, self.num_features, dtype)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in RunningStats.__annotations__ and self.current_bank is not None:
+            setattr(self._modules[self.current_bank], name, value)
+
     def bank(self, name: str) -> Self:
         """Use the running statistics `name` of `banks` from now on; return the layer.
 

@@ -337,7 +337,7 @@ class BatchNorm(RunningStats):
 
     # -- checks ------------------------------------------------------------------------
     def _check(self, x: npt.ArrayLike) -> Array:
-        x = np.asanyarray(x)
+        x = _check.native(self.label, "x", x)
         if self._ranks is not None and x.ndim not in self._ranks:
             raise ValueError(f"{self.label}: expected {self._expects}, got shape {x.shape}")
         if x.ndim < 2:
@@ -365,7 +365,7 @@ class BatchNorm(RunningStats):
     def _check_residual(self, residual: npt.ArrayLike | None, x: Array) -> Array | None:
         if residual is None:
             return None
-        residual = np.asanyarray(residual)
+        residual = _check.native(self.label, "residual", residual)
         if residual.shape != x.shape:
             raise ValueError(
                 f"{self.label}: residual: expected shape {x.shape}, got {residual.shape}"
@@ -380,7 +380,7 @@ class BatchNorm(RunningStats):
         """`mask` like x with one channel."""
         if mask is None:
             return None
-        mask = np.asarray(mask)
+        mask = _check.native(self.label, "mask", mask)
         if mask.dtype != bool:
             raise TypeError(f"{self.label}: mask: expected dtype bool, got {mask.dtype}")
         one_channel = list(x.shape)
@@ -400,11 +400,13 @@ class BatchNorm(RunningStats):
         if count != 1 or (self.channel_mask is not None and not self.channel_mask.any()):
             return
         values = "value" if positions is None else "valid value"
-        mode = "in training mode" if self.training else "without running statistics"
+        mode, advice = "without running statistics", ""
+        if self.track_running_stats:
+            mode = "in training mode"
+            advice = ", or use running statistics, with eval() or freeze(affine=False)"
         raise ValueError(
             f"{self.label}: 1 {values} per channel (shape {x.shape}) {mode}; batch statistics "
-            "need 2 or more: use a larger batch, drop or merge a last batch of one sample, "
-            "or use running statistics, with eval() or freeze(affine=False)"
+            "need 2 or more: use a larger batch, drop or merge a last batch of one sample" + advice
         )
 
     # -- display -----------------------------------------------------------------------

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
-from bnext.nn import _blas
+from bnext.nn import _blas, _check
 from bnext.nn.batchnorm import BatchNorm
 from bnext.nn.module import Array, Backward, Module
 
@@ -35,11 +33,7 @@ class Sequential(Module):
         else:
             named = {str(index): layer for index, layer in enumerate(layers)}
         for name, layer in named.items():
-            if not isinstance(layer, Module):
-                raise TypeError(
-                    f"Sequential: {name}: expected a Module, got {type(layer).__name__}"
-                )
-            self.register_module(name, layer)
+            self.register_module(name, _check.layer("Sequential", name, layer))
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -88,6 +82,7 @@ class Residual(Module):
 
     Examples
     --------
+    >>> import numpy as np
     >>> from bnext import nn
     >>> nn.Residual(nn.ReLU())(np.array([-1.0, 2.0]))
     array([-1.,  4.])
@@ -101,8 +96,11 @@ class Residual(Module):
         self, body: Module, shortcut: Module | None = None, *, norm: BatchNorm | None = None
     ) -> None:
         super().__init__()
-        self.body = body
-        self.shortcut = shortcut
+        kind = type(self).__name__
+        if norm is not None and not isinstance(norm, BatchNorm):
+            raise TypeError(f"{kind}: norm: expected a BatchNorm, got {type(norm).__name__}")
+        self.body = _check.layer(kind, "body", body)
+        self.shortcut = None if shortcut is None else _check.layer(kind, "shortcut", shortcut)
         self.norm = norm
 
     def _add(self, body: Array, shortcut: Array) -> Array:
@@ -114,12 +112,12 @@ class Residual(Module):
         return _blas.add(body, shortcut)
 
     def __call__(self, x: Array) -> Array:
-        x = np.asarray(x)
+        x = _check.native(self.label, "x", x)
         body, shortcut = self.body(x), x if self.shortcut is None else self.shortcut(x)
         return self._add(body, shortcut) if self.norm is None else self.norm(body, shortcut)
 
     def forward(self, x: Array) -> tuple[Array, Backward]:
-        x = np.asarray(x)
+        x = _check.native(self.label, "x", x)
         body, body_backward = self.body.forward(x)
         shortcut, shortcut_backward = (
             (x, _same) if self.shortcut is None else self.shortcut.forward(x)

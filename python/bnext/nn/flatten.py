@@ -35,8 +35,8 @@ class Flatten(Module):
 
     def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
         super().__init__()
-        self.start_dim = start_dim
-        self.end_dim = end_dim
+        self.start_dim = _check.integer("Flatten", "start_dim", start_dim)
+        self.end_dim = _check.integer("Flatten", "end_dim", end_dim)
 
     def __call__(self, x: npt.ArrayLike) -> Array:
         array = _check.native(self.label, "x", x)

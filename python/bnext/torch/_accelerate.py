@@ -88,6 +88,11 @@ def accelerate(model: nn.Module, fuse: bool = True) -> tuple[nn.Module, Report]:
     report : Report
         What was replaced and fused, what was not, and why.
 
+    Raises
+    ------
+    TypeError
+        If `model` is no module.
+
     Notes
     -----
     A rewritten forward method is used only while all that it was made of is as it was: the class's
@@ -109,6 +114,10 @@ def accelerate(model: nn.Module, fuse: bool = True) -> tuple[nn.Module, Report]:
       1: relu + dropout
     not fused: none
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate: model: expected a torch.nn.Module, got {type(model).__name__}"
+        )
     report = Report()
     for name, module in model.named_modules():
         if isinstance(module, _NormBase | _DropoutNd) and type(module) not in _THEIRS:
