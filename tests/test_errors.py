@@ -73,6 +73,7 @@ BAD_CALLS = [
     (lambda: bn(None), TypeError, "x: expected dtype .*, got object"),
     (lambda: bn([[1, 2], [3, 4]]), TypeError, "x: expected dtype .*, got int64"),
     (lambda: bn(np.zeros((2, 3), "datetime64[s]")), TypeError, "x: expected dtype .*, got datetime64"),
+    (lambda: bn(X, out=np.ma.masked_array(X.copy(), X > 0)), TypeError, "out: expected an array without masked values"),
     (lambda: bn(np.ma.masked_array(X, X > 0)), TypeError, "x: expected an array without masked values"),
     (lambda: bn([[1.0, 2.0], [3.0]]), ValueError, "batch_norm_forward: x: expected an array, got a list that is none"),
     # shapes of x
@@ -144,6 +145,7 @@ BAD_CALLS = [
     (lambda: shares_out_with(lambda small, out: inference(mean=small, out=out)), ValueError, "out: overlaps mean"),
     (lambda: shares_out_with(lambda small, out: inference(var=small, out=out)), ValueError, "out: overlaps var"),
     # dropout
+    (lambda: F.alpha_dropout_forward(X, 2), ValueError, "alpha_dropout_forward: p: expected a probability"),
     (lambda: F.dropout_forward(X, -0.1), ValueError, r"dropout_forward: p: expected a probability in \[0, 1\], got -0.1"),
     (lambda: F.dropout_forward(X, 1.1), ValueError, "p: expected a probability"),
     (lambda: F.dropout_forward(X, np.nan), ValueError, "p: .*got nan"),

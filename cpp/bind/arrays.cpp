@@ -59,7 +59,13 @@ bool is_usable(const py::array& array) {
   return (array.flags() & needed) == needed && is_native(array.dtype());
 }
 
+// Exact arrays are the usual case; only others can be masked.
+bool is_exact(py::handle object) {
+  return Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_;
+}
+
 void refuse_masked(const char* operation, const char* argument, py::handle object) {
+  if (is_exact(object)) return;
   const py::module_ masked = py::module_::import("numpy.ma");
   if (!py::isinstance(object, masked.attr("MaskedArray"))) return;
   if (masked.attr("is_masked")(object).cast<bool>())
@@ -100,14 +106,13 @@ Shape shape_of(const py::array& array) {
 }
 
 py::array input(const char* operation, const char* argument, py::handle object) {
-  // Exact arrays are the usual case; only others can be masked.
-  const bool exact = Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_;
+  const bool exact = is_exact(object);
   if (exact) {
     auto array = py::reinterpret_borrow<py::array>(object);
     if (is_usable(array) && known(array.dtype())) return array;
   }
   const bool plain = exact || py::isinstance<py::array>(object);
-  if (!exact) refuse_masked(operation, argument, object);
+  refuse_masked(operation, argument, object);
   const py::array array = as_array(operation, argument, object);
   if (!known(array.dtype()))
     throw py::type_error(where(operation, argument) + "expected dtype " + dtype_names() + ", got " +
@@ -135,6 +140,7 @@ py::array output(const char* operation, py::handle out, const py::array& like) {
   if (out.is_none()) return new_array(like.dtype(), shape_of(like));
   if (!py::isinstance<py::array>(out))
     throw py::type_error(where(operation, "out") + "expected a NumPy array, got " + type_name(out));
+  refuse_masked(operation, "out", out);
   auto array = py::reinterpret_borrow<py::array>(out);
   if (!known(array.dtype()))
     throw py::type_error(where(operation, "out") + "expected dtype " + dtype_name(like.dtype()) +

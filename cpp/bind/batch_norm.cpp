@@ -193,9 +193,8 @@ py::object backward(py::handle grad_y, py::handle saved, py::handle out) {
                          ": saved: expected what batch_norm_forward returned, got " +
                          type_name(saved));
   const auto& s = saved.cast<const BatchNormSaved&>();
-  const bool invertible =
-      is_invertible(s.activation, s.negative_slope) && !s.has_residual && s.dropout == 0;
-  if (s.x_overwritten && !invertible)
+  if (s.x_overwritten && (s.has_residual || s.dropout != 0 ||
+                          !is_invertible(s.activation, s.negative_slope, view(s.x).dtype)))
     throw py::value_error(std::string(operation) +
                           ": saved: x was overwritten, since forward ran with out=x; backward "
                           "needs x, and can find it again only without a residual and dropout, and "

@@ -336,7 +336,9 @@ void bind_device(pybind11::module_& m) {
     return bnext::is_gated(activation_of("is_gated", activation));
   });
   m.def("is_invertible", [](py::handle activation, double negative_slope) {
-    return bnext::is_invertible(activation_of("is_invertible", activation), negative_slope);
+    // Of any dtype; batch_norm_backward judges by that of x.
+    return bnext::is_invertible(activation_of("is_invertible", activation), negative_slope,
+                                bnext::DType::float64);
   });
   m.def("device_batch_norm_forward", forward, "x"_a, "weight"_a.none(true), "bias"_a.none(true),
         "residual"_a.none(true), "y"_a, "mean"_a, "var"_a, "inv_std"_a, "passes"_a, "eps"_a,

@@ -138,7 +138,7 @@ py::tuple prepare(const std::string& operation, const std::string& argument, py:
   const py::array to = output(operation.c_str(), out, from);
   const Check check(operation.c_str(), view(from));
   check.same_kind("out", view(to), view(from));
-  check.no_overlap("out", view(to), argument.c_str(), view(from), true);
+  check.no_overlap({{"out", view(to)}}, {{argument.c_str(), view(from)}}, {});
   return py::make_tuple(from, to);
 }
 

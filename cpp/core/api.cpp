@@ -91,11 +91,15 @@ MaskMap check_dropout(const Check& check, const char* in_name, const Array& in, 
   check_probability(check, "p", p);
   check.same_kind(in_name, in, in);
   check.same_kind("out", out, in);
-  check.no_overlap("out", out, in_name, in, true);
+  check.no_overlap({{"out", out}}, {{in_name, in}}, {});
   MaskMap map = mask_map(check, in.shape, mask_shape);
   // Without repeats, units are numbered through all samples.
   if (map.repeats == 1 && map.run > 0) map.units = in.size() / map.run;
   return map;
+}
+
+const char* name_of(const DropoutForward& a) {
+  return a.alpha ? "alpha_dropout_forward" : "dropout_forward";
 }
 
 MaskDraw mask_draw(double p, const DropoutDraw& draw) {
@@ -141,6 +145,7 @@ void run_dropout(const Array& in, double p, const DropoutDraw& draw, const Array
 // A residual, the bits of a gated activation and dropout, for batch_norm_*.
 void check_fusion(const Check& check, const Array& x, const Array& residual, Activation activation,
                   double negative_slope, double dropout, const std::uint8_t* passes) {
+  check.activation(activation);
   check.slope(negative_slope);
   if (residual.given) check.same_kind("residual", residual, x);
   check_probability(check, "dropout", dropout);
@@ -152,18 +157,33 @@ void check_fusion(const Check& check, const Array& x, const Array& residual, Act
 
 namespace {
 
+// Whether loops of T can multiply by the slope and by its inverse: neither is 0 or infinite there.
+template <class T>
+bool has_inverse(double slope) {
+  const T rounded = static_cast<T>(slope);
+  return rounded > 0 && std::isfinite(rounded) && std::isfinite(1 / rounded);
+}
+
 double parameter(const Array& a, std::int64_t c) {
   return a.dtype == DType::float64 ? static_cast<const double*>(a.data)[c]
                                    : static_cast<double>(static_cast<const float*>(a.data)[c]);
 }
 
 void check_from_result(const Check& check, const BatchNormBackward& a) {
-  if (!is_invertible(a.activation, a.negative_slope))
+  if (!is_invertible(a.activation, a.negative_slope, a.x.dtype)) {
+    if (a.activation == Activation::leaky_relu)
+      check.fail("negative_slope", std::string("expected a positive one with an inverse in ") +
+                                       to_string(parameter_dtype(a.x.dtype)) + ", got " +
+                                       to_string(a.negative_slope) +
+                                       ": x cannot be found again from the results of another");
     check.fail("activation",
                "expected none, or leaky_relu with a positive slope: x cannot be "
                "found again from the results of another");
-  if (a.residual.given || a.passes != nullptr)
+  }
+  if (a.residual.given)
     check.fail("residual", "expected none: x cannot be found again from results with a residual");
+  if (a.passes != nullptr)
+    check.fail("passes", "expected none: the results themselves tell where the gradient passes");
   if (a.dropout != 0)
     check.fail("dropout", "expected 0: x cannot be found again where it was dropped");
   const bool readable = a.weight.given && in_main_memory(a.weight);
@@ -175,9 +195,11 @@ void check_from_result(const Check& check, const BatchNormBackward& a) {
 
 }  // namespace
 
-bool is_invertible(Activation activation, double negative_slope) {
-  return activation == Activation::none ||
-         (activation == Activation::leaky_relu && negative_slope > 0);
+bool is_invertible(Activation activation, double negative_slope, DType dtype) {
+  if (activation == Activation::none) return true;
+  if (activation != Activation::leaky_relu) return false;
+  return parameter_dtype(dtype) == DType::float64 ? has_inverse<double>(negative_slope)
+                                                  : has_inverse<float>(negative_slope);
 }
 
 bool is_gated(Activation activation) {
@@ -213,10 +235,13 @@ DropoutDraw run_forward(const BatchNormForward& a, Generator* generator) {
   check.per_channel("mean", a.mean, problem.c, DType::float64);
   check.per_channel("var", a.var, problem.c, DType::float64);
   check.per_channel("inv_std", a.inv_std, problem.c, DType::float64);
-  check.no_overlap("out", a.y, "x", a.x, true);
-  check.no_overlap("out", a.y, "residual", a.residual, true);
-  check.no_overlap("out", a.y, "weight", a.weight, false);
-  check.no_overlap("out", a.y, "bias", a.bias, false);
+  check.no_overlap({{"out", a.y},
+                    {"mean", a.mean},
+                    {"var", a.var},
+                    {"inv_std", a.inv_std},
+                    {"passes", a.passes, passes_bytes(problem.size())}},
+                   {{"x", a.x}, {"residual", a.residual}},
+                   {{"weight", a.weight}, {"bias", a.bias}});
 
   if (a.passes != nullptr && in_main_memory(a.x))
     std::memset(a.passes, 0, static_cast<std::size_t>(passes_bytes(problem.size())));
@@ -266,19 +291,19 @@ void batch_norm_backward(const BatchNormBackward& a) {
   check.same_kind("out", a.grad_x, a.x);
   check.optional_per_channel("grad_weight", a.grad_weight, problem.c, parameters);
   check.optional_per_channel("grad_bias", a.grad_bias, problem.c, parameters);
+  if (a.grad_residual.given) check.same_kind("grad_residual", a.grad_residual, a.x);
   if (a.from_result) check_from_result(check, a);
-  check.no_overlap("out", a.grad_x, "grad_y", a.grad_y, true);
-  check.no_overlap("out", a.grad_x, "x", a.x, true);
-  check.no_overlap("out", a.grad_x, "residual", a.residual, false);
-  if (a.grad_residual.given) {
-    check.same_kind("grad_residual", a.grad_residual, a.x);
-    const std::pair<const char*, const Array&> others[] = {
-        {"out", a.grad_x}, {"grad_y", a.grad_y}, {"x", a.x}, {"residual", a.residual}};
-    for (const auto& [name, other] : others)
-      check.no_overlap("grad_residual", a.grad_residual, name, other, false);
-  }
-  check.no_overlap("out", a.grad_x, "weight", a.weight, false);
-  check.no_overlap("out", a.grad_x, "bias", a.bias, false);
+  check.no_overlap({{"out", a.grad_x},
+                    {"grad_residual", a.grad_residual},
+                    {"grad_weight", a.grad_weight},
+                    {"grad_bias", a.grad_bias}},
+                   {{"grad_y", a.grad_y}, {"x", a.x}},
+                   {{"residual", a.residual},
+                    {"passes", a.passes, passes_bytes(problem.size())},
+                    {"weight", a.weight},
+                    {"bias", a.bias},
+                    {"mean", a.mean},
+                    {"inv_std", a.inv_std}});
 
   if (problem.size() == 0) {
     fill(a.grad_weight, 0, a.stream);
@@ -320,12 +345,8 @@ void batch_norm_inference(const BatchNormInference& a) {
       (parameters == DType::float32 ? has_negative<float>(a.var) : has_negative<double>(a.var)))
     check.fail("var", "expected no negative variance");
   check.same_kind("out", a.y, a.x);
-  check.no_overlap("out", a.y, "x", a.x, true);
-  check.no_overlap("out", a.y, "residual", a.residual, true);
-  check.no_overlap("out", a.y, "mean", a.mean, false);
-  check.no_overlap("out", a.y, "var", a.var, false);
-  check.no_overlap("out", a.y, "weight", a.weight, false);
-  check.no_overlap("out", a.y, "bias", a.bias, false);
+  check.no_overlap({{"out", a.y}}, {{"x", a.x}, {"residual", a.residual}},
+                   {{"mean", a.mean}, {"var", a.var}, {"weight", a.weight}, {"bias", a.bias}});
 
   if (problem.size() == 0) return;
   backend_for(a.x.device)
@@ -343,13 +364,13 @@ void batch_norm_inference(const BatchNormInference& a) {
 }
 
 void dropout_forward(const DropoutForward& a, const DropoutDraw& draw) {
-  const Check check("dropout_forward", a.x);
+  const Check check(name_of(a), a.x);
   const MaskMap map = check_dropout(check, "x", a.x, a.p, a.y, a.mask_shape);
   run_dropout(a.x, a.p, draw, a.y, map, a.alpha, false, a.stream);
 }
 
 DropoutDraw dropout_forward(const DropoutForward& a, Generator& generator) {
-  const Check check("dropout_forward", a.x);
+  const Check check(name_of(a), a.x);
   const MaskMap map = check_dropout(check, "x", a.x, a.p, a.y, a.mask_shape);
   const std::uint64_t offset = a.p == 0 ? generator.offset() : generator.next();
   const DropoutDraw draw{generator.seed(), offset};
@@ -367,10 +388,12 @@ void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::in
                   std::uint8_t* kept) {
   const Check check("dropout_mask", {});
   check_probability(check, "p", p);
-  if (first < 0 || count < 0) check.fail("shape", "expected no negative extent");
+  check.elements(first, count, "kept", kept);
+  if (count == 0) return;
   constexpr std::int64_t words_per_task = 256;
+  // Nothing is rounded up beyond `end`, which may be the largest of all numbers.
   const std::int64_t end = first + count, first_word = first / mask_word_size;
-  const std::int64_t words = (end + mask_word_size - 1) / mask_word_size - first_word;
+  const std::int64_t words = (end - 1) / mask_word_size + 1 - first_word;
   const std::uint64_t threshold = mask_draw(p, draw).threshold;
   parallel_for((words + words_per_task - 1) / words_per_task, count, [&](std::int64_t task) {
     const std::int64_t begin = first_word + task * words_per_task;
@@ -379,9 +402,9 @@ void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::in
       const std::uint32_t word =
           mask_word(draw.seed, draw.offset, threshold, static_cast<std::uint64_t>(number));
       const std::int64_t start = number * mask_word_size;
-      const std::int64_t last = std::min(end, start + mask_word_size);
-      for (std::int64_t e = std::max(first, start); e < last; ++e)
-        kept[e - first] = word >> (e - start) & 1u;
+      const std::int64_t last = std::min<std::int64_t>(mask_word_size, end - start);
+      for (std::int64_t bit = std::max<std::int64_t>(first - start, 0); bit < last; ++bit)
+        kept[start - first + bit] = word >> bit & 1u;
     }
   });
 }

@@ -2,8 +2,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <sstream>
 
+#include "bnext/batch_norm.hpp"
 #include "bnext/lists.hpp"
 
 namespace bnext {
@@ -73,11 +75,27 @@ void Check::fail(const char* argument, const std::string& message) const {
 
 void Check::usable(const char* argument, const Array& a) const {
   if (!a.given) fail(argument, "expected an array, got none");
-  for (const std::int64_t extent : a.shape)
+  const std::int64_t element = dtype_size(a.dtype);
+#define BNEXT_NAME(name, type, compute) #name ", "
+  if (element == 0)
+    throw DTypeError(std::string(operation_) + ": " + argument +
+                     ": expected a dtype of " BNEXT_DTYPES(BNEXT_NAME) "got DType(" +
+                     std::to_string(static_cast<int>(a.dtype)) + ")");
+#undef BNEXT_NAME
+  // Of an empty array too, the other extents must have a product: some of them are multiplied.
+  std::int64_t bytes = element;
+  bool empty = false;
+  for (const std::int64_t extent : a.shape) {
     if (extent < 0) fail(argument, "expected no negative extent, got shape " + to_string(a.shape));
-  if (a.size() == 0) return;
+    if (extent == 0)
+      empty = true;
+    else if (__builtin_mul_overflow(bytes, extent, &bytes))
+      fail(argument, "expected fewer than 2**63 bytes, got shape " + to_string(a.shape));
+  }
+  if (empty) return;
   if (a.data == nullptr) fail(argument, "expected data, got a null pointer");
-  if (reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(dtype_size(a.dtype)))
+  // Elements have a power of two of bytes, and a mask takes less time than a division.
+  if ((reinterpret_cast<std::uintptr_t>(a.data) & static_cast<std::uintptr_t>(element - 1)) != 0)
     fail(argument, "expected data aligned to its elements, got a misaligned pointer");
   if (a.device != device_)
     fail(argument, "expected an array in " + to_string(device_) + " as the data, got one in " +
@@ -116,7 +134,8 @@ void Check::per_channel(const char* argument, const Array& a, std::int64_t c, DT
   if (a.dtype != dtype)
     throw DTypeError(std::string(operation_) + ": " + argument + ": expected dtype " +
                      to_string(dtype) + ", got " + to_string(a.dtype));
-  if (a.shape != Shape{c})
+  // Shape{c} would allocate.
+  if (a.shape.size() != 1 || a.shape[0] != c)
     fail(argument, "expected shape " + to_string(Shape{c}) + ", got " + to_string(a.shape));
 }
 
@@ -135,16 +154,48 @@ void Check::slope(double negative_slope) const {
     fail("negative_slope", "expected a finite number, got " + to_string(negative_slope));
 }
 
-void Check::no_overlap(const char* out_name, const Array& out, const char* in_name, const Array& in,
-                       bool may_be_same) const {
-  if (!out.given || !in.given || out.bytes() == 0 || in.bytes() == 0) return;
-  const auto out_begin = reinterpret_cast<std::uintptr_t>(out.data);
-  const auto in_begin = reinterpret_cast<std::uintptr_t>(in.data);
-  const auto out_end = out_begin + static_cast<std::uintptr_t>(out.bytes());
-  const auto in_end = in_begin + static_cast<std::uintptr_t>(in.bytes());
-  if (out_end <= in_begin || in_end <= out_begin) return;
-  if (may_be_same && out_begin == in_begin && out_end == in_end) return;
-  fail(out_name, std::string("overlaps ") + in_name +
+void Check::activation(Activation activation) const {
+  switch (activation) {
+#define BNEXT_CASE(name) case Activation::name:
+    BNEXT_EPILOGUES(BNEXT_CASE)
+#undef BNEXT_CASE
+    return;
+  }
+#define BNEXT_NAME(name) #name ", "
+  fail("activation", "expected one of " BNEXT_EPILOGUES(BNEXT_NAME) "got Activation(" +
+                         std::to_string(static_cast<int>(activation)) + ")");
+#undef BNEXT_NAME
+}
+
+void Check::elements(std::int64_t first, std::int64_t count, const char* to_name,
+                     const void* to) const {
+  if (first < 0) fail("first", "expected a number >= 0, got " + std::to_string(first));
+  if (count < 0) fail("count", "expected a number >= 0, got " + std::to_string(count));
+  if (count > std::numeric_limits<std::int64_t>::max() - first)
+    fail("count", "expected first + count < 2**63, got " + std::to_string(first) + " + " +
+                      std::to_string(count));
+  if (count > 0 && to == nullptr) fail(to_name, "expected data, got a null pointer");
+}
+
+Region::Region(const char* name_, const void* data, std::int64_t bytes) : name(name_) {
+  if (data == nullptr || bytes == 0) return;
+  begin = reinterpret_cast<std::uintptr_t>(data);
+  end = begin + static_cast<std::uintptr_t>(bytes);
+}
+
+void Check::no_overlap(Regions outputs, Regions in_place, Regions inputs) const {
+  for (const Region& out : outputs) {
+    const bool is_first = &out == outputs.begin();
+    for (const Region* other = &out + 1; other != outputs.end(); ++other) apart(out, *other, false);
+    for (const Region& in : in_place) apart(out, in, is_first);
+    for (const Region& in : inputs) apart(out, in, false);
+  }
+}
+
+void Check::apart(const Region& out, const Region& other, bool may_be_same) const {
+  if (out.end <= other.begin || other.end <= out.begin) return;
+  if (may_be_same && out.begin == other.begin && out.end == other.end) return;
+  fail(out.name, std::string("overlaps ") + other.name +
                      (may_be_same ? " in part; it may be that very array, or memory of its own"
                                   : "; it must have memory of its own"));
 }

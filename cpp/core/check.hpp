@@ -1,6 +1,8 @@
 // The only validator: every public function checks its arguments here, before dispatch.
 #pragma once
 
+#include <cstdint>
+#include <initializer_list>
 #include <string>
 
 #include "bnext/types.hpp"
@@ -13,6 +15,17 @@ const char* to_string(DType dtype);
 std::string to_string(double value);
 std::string to_string(const Device& device);
 std::int64_t dtype_size(DType dtype);
+
+// Memory that a call reads or writes: none if an optional argument is not given, or empty.
+struct Region {
+  const char* name;
+  std::uintptr_t begin = 0, end = 0;
+
+  Region(const char* name_, const void* data, std::int64_t bytes);
+  Region(const char* name_, const Array& a)
+      : Region(name_, a.given ? a.data : nullptr, a.given ? a.bytes() : 0) {}
+};
+using Regions = std::initializer_list<Region>;
 
 // Checks for one operation, whose name starts every message.
 class Check {
@@ -32,12 +45,17 @@ class Check {
                             DType dtype) const;
   void eps(double eps) const;
   void slope(double negative_slope) const;
-  // An output may be an array that is read, if it is one of `same`; any other overlap is an error.
-  void no_overlap(const char* out_name, const Array& out, const char* in_name, const Array& in,
-                  bool may_be_same) const;
+  void activation(Activation activation) const;
+  // Elements first to first + count are to be written to `to`.
+  void elements(std::int64_t first, std::int64_t count, const char* to_name, const void* to) const;
+
+  // No output may overlap another array of the call, but the first one may be the very array of one
+  // of `in_place`, which are read, as `inputs` are.
+  void no_overlap(Regions outputs, Regions in_place, Regions inputs) const;
 
  private:
   void usable(const char* argument, const Array& a) const;
+  void apart(const Region& out, const Region& other, bool may_be_same) const;
 
   const char* operation_;
   Device device_;

@@ -81,20 +81,22 @@ void gaussian_dropout_noise(double p, const DropoutDraw& draw, std::int64_t firs
                             std::int64_t count, float* noise) {
   const Check check("gaussian_dropout_noise", {});
   if (!(p >= 0 && p < 1)) check.fail("p", "expected a probability in [0, 1), got " + to_string(p));
-  if (first < 0 || count < 0) check.fail("shape", "expected no negative extent");
+  check.elements(first, count, "noise", noise);
+  if (count == 0) return;
   const auto deviation = static_cast<float>(std::sqrt(p / (1 - p)));
   constexpr std::int64_t spans_per_task = 32;
+  // Nothing is rounded up beyond `end`, which may be the largest of all numbers.
   const std::int64_t end = first + count, first_span = first / span;
-  const std::int64_t spans = (end + span - 1) / span - first_span;
+  const std::int64_t spans = (end - 1) / span + 1 - first_span;
   parallel_for((spans + spans_per_task - 1) / spans_per_task, count, [&](std::int64_t task) {
     const std::int64_t begin = first_span + task * spans_per_task;
     const std::int64_t stop = std::min(begin + spans_per_task, first_span + spans);
     for (std::int64_t number = begin; number < stop; ++number) {
       float z[span];
       make_span(draw, number, z);
-      const std::int64_t last = std::min(end, (number + 1) * span);
-      for (std::int64_t i = std::max(first, number * span); i < last; ++i)
-        noise[i - first] = 1.0f + deviation * z[i - number * span];
+      const std::int64_t start = number * span, last = std::min<std::int64_t>(span, end - start);
+      for (std::int64_t i = std::max<std::int64_t>(first - start, 0); i < last; ++i)
+        noise[start - first + i] = 1.0f + deviation * z[i];
     }
   });
 }

@@ -9,6 +9,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -330,6 +331,28 @@ void test_errors() {
   });
   check_throws<bnext::DTypeError>("weight: expected dtype float32, got float64",
                                   with([&](Args& a) { a.weight = {statistics[0], {3}}; }));
+  // Shapes whose number of elements or of bytes wraps around, to 0 or to a few.
+  constexpr std::int64_t one = 1;
+  for (const bnext::Shape& shape : {bnext::Shape{one << 32, one << 32},
+                                    {6148914691236517206, 3},
+                                    {one << 62, 3},
+                                    {one << 40, one << 22},
+                                    {one << 62, 4, 0},
+                                    {0, 3, one << 62, 4}})
+    expect("x: expected fewer than 2**63 bytes, got shape (",
+           [&](Args& a) { a.x = {x, bnext::DType::float32, shape}; });
+  expect("residual: expected fewer than 2**63 bytes",
+         [&](Args& a) { a.residual = {x, bnext::DType::float32, {one << 62, 3}}; });
+  const auto dtype = static_cast<bnext::DType>(99);
+  check_throws<bnext::DTypeError>(
+      "batch_norm_forward: x: expected a dtype of float32, float64, float16, bfloat16, got "
+      "DType(99)",
+      with([&](Args& a) { a.x.dtype = dtype; }));
+  check_throws<bnext::DTypeError>("weight: expected a dtype of",
+                                  with([&](Args& a) { a.weight = {x, dtype, {3}}; }));
+  for (const int number : {-1, 7, 99})
+    expect("activation: expected one of none, relu, leaky_relu, ",
+           [&](Args& a) { a.activation = static_cast<bnext::Activation>(number); });
   check_throws<Invalid>("n: expected 1 or more", [] { bnext::set_num_threads(0); });
   check_throws<Invalid>("no backend 'avx9'", [] { bnext::set_backend("avx9"); });
   check(std::all_of(y, y + 6, [](float value) { return value == 0; }), "a bad call wrote to y");
@@ -345,6 +368,211 @@ void test_errors() {
                            generator);
   });
   check(generator.offset() == 0, "a bad call drew a number");
+  check_throws<bnext::DTypeError>("dropout_forward: x: expected a dtype of", [&] {
+    bnext::dropout_forward({{x, dtype, {6}}, 0.5, {out, dtype, {6}}}, generator);
+  });
+}
+
+// An array of a call, and those that it may be the very array of.
+struct Operand {
+  bnext::Array* array;
+  std::vector<const bnext::Array*> may_be = {};
+};
+
+// Every output in the place of every other array, and one element further: an error, before
+// anything is written, unless it may be that very array. The outputs come first.
+void check_overlaps(const std::string& name, std::vector<double>& memory,
+                    const std::vector<Operand>& operands, std::size_t outputs,
+                    const std::function<void()>& call) {
+  const std::vector<double> before = memory;
+  call();
+  memory = before;
+  for (std::size_t o = 0; o < outputs; ++o)
+    for (const Operand& other : operands) {
+      bnext::Array& out = *operands[o].array;
+      if (other.array == &out) continue;
+      const auto& may_be = operands[o].may_be;
+      const bool allowed = std::find(may_be.begin(), may_be.end(), other.array) != may_be.end();
+      void* const own = out.data;
+      for (const int shift : {0, 1}) {
+        out.data = static_cast<double*>(other.array->data) + shift;
+        bool threw = false;
+        try {
+          call();
+        } catch (const std::invalid_argument& error) {
+          threw = std::string(error.what()).find("overlaps") != std::string::npos;
+        }
+        const bool expected = !allowed || shift > 0;
+        const std::string which = name + ": output " + std::to_string(o) + " over operand " +
+                                  std::to_string(&other - operands.data()) + " + " +
+                                  std::to_string(shift);
+        check(threw == expected, which + (expected ? ": no error" : ": an error"));
+        check(!threw || memory == before, which + ": something was written");
+        memory = before;
+      }
+      out.data = own;
+    }
+}
+
+// float64, so that data and parameters can be each other's memory.
+void test_overlaps() {
+  std::vector<double> memory = random_values<double>(400, 5);
+  double* next = memory.data();
+  const auto data = [&] { return bnext::Array(std::exchange(next, next + 20), {4, 3}); };
+  const auto channels = [&] { return bnext::Array(std::exchange(next, next + 20), {3}); };
+  using Invalid = std::invalid_argument;
+
+  bnext::BatchNormForward f;
+  f.x = data(), f.residual = data(), f.y = data();
+  f.weight = channels(), f.bias = channels();
+  f.mean = channels(), f.var = channels(), f.inv_std = channels();
+  check_overlaps("batch_norm_forward", memory,
+                 {{&f.y, {&f.x, &f.residual}},
+                  {&f.mean},
+                  {&f.var},
+                  {&f.inv_std},
+                  {&f.x},
+                  {&f.residual},
+                  {&f.weight},
+                  {&f.bias}},
+                 4, [&] { bnext::batch_norm_forward(f); });
+  f.activation = bnext::Activation::relu;
+  const std::vector<double> before = memory;
+  for (const bnext::Array* other : {&f.x, &f.residual, &f.weight, &f.bias, &f.y, &f.mean}) {
+    f.passes = static_cast<std::uint8_t*>(other->data) + 3;
+    check_throws<Invalid>("overlaps", [&] { bnext::batch_norm_forward(f); });
+  }
+  check(memory == before, "bits over other arrays were written");
+  f.passes = static_cast<std::uint8_t*>(f.x.data);
+  check_throws<Invalid>("batch_norm_forward: passes: overlaps x; it must have memory of its own",
+                        [&] { bnext::batch_norm_forward(f); });
+
+  bnext::BatchNormBackward b;
+  b.grad_y = data(), b.x = f.x, b.residual = f.residual, b.weight = f.weight, b.bias = f.bias;
+  b.mean = f.mean, b.inv_std = f.inv_std, b.activation = f.activation;
+  b.grad_x = data(), b.grad_residual = data();
+  b.grad_weight = channels(), b.grad_bias = channels();
+  check_overlaps("batch_norm_backward", memory,
+                 {{&b.grad_x, {&b.grad_y, &b.x}},
+                  {&b.grad_residual},
+                  {&b.grad_weight},
+                  {&b.grad_bias},
+                  {&b.grad_y},
+                  {&b.x},
+                  {&b.residual},
+                  {&b.weight},
+                  {&b.bias},
+                  {&b.mean},
+                  {&b.inv_std}},
+                 4, [&] { bnext::batch_norm_backward(b); });
+  b.passes = static_cast<const std::uint8_t*>(b.grad_weight.data);
+  check_throws<Invalid>("batch_norm_backward: grad_weight: overlaps passes",
+                        [&] { bnext::batch_norm_backward(b); });
+
+  bnext::BatchNormInference i;
+  i.x = f.x, i.residual = f.residual, i.weight = f.weight, i.bias = f.bias, i.y = f.y;
+  i.mean = f.mean, i.var = f.var;
+  for (std::size_t c = 0; c < 3; ++c) static_cast<double*>(i.var.data)[c] = 1;
+  check_overlaps("batch_norm_inference", memory,
+                 {{&i.y, {&i.x, &i.residual}},
+                  {&i.x},
+                  {&i.residual},
+                  {&i.weight},
+                  {&i.bias},
+                  {&i.mean},
+                  {&i.var}},
+                 1, [&] { bnext::batch_norm_inference(i); });
+
+  bnext::DropoutForward d;
+  d.x = f.x, d.y = f.y;
+  check_overlaps("dropout_forward", memory, {{&d.y, {&d.x}}, {&d.x}}, 1,
+                 [&] { bnext::dropout_forward(d, {1, 2}); });
+}
+
+// What backward finds x again from the results of.
+void test_from_result() {
+  using bnext::Activation;
+  using bnext::DType;
+  for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::float64}) {
+    const bool wide = dtype == DType::float64;
+    const auto invertible = [&](double slope) {
+      return bnext::is_invertible(Activation::leaky_relu, slope, dtype);
+    };
+    check(invertible(0.01) && invertible(1e-38) && invertible(1e38), "slopes that have an inverse");
+    check(!invertible(0) && !invertible(-0.01) && !invertible(1e-320) && !invertible(NAN) &&
+              !invertible(INFINITY),
+          "slopes that have no inverse");
+    // 0, without an inverse, and infinite in float32.
+    for (const double slope : {1e-60, 1e-39, 1e60})
+      check(invertible(slope) == wide, "slopes that have an inverse in float64");
+    check(bnext::is_invertible(Activation::none, 0, dtype) &&
+              !bnext::is_invertible(Activation::relu, 1, dtype),
+          "activations that have an inverse");
+  }
+
+  float y[6] = {1, 2, 3, 4, 5, 6}, g[6] = {1, 0, 0, 1, 1, 0}, grad_x[6] = {};
+  double mean[3] = {}, inv_std[3] = {1, 1, 1};
+  std::uint8_t bits[16] = {};
+  bnext::BatchNormBackward good;
+  good.grad_y = {g, {2, 3}};
+  good.x = {y, {2, 3}};
+  good.mean = {mean, {3}};
+  good.inv_std = {inv_std, {3}};
+  good.grad_x = {grad_x, {2, 3}};
+  good.from_result = true;
+  good.activation = Activation::leaky_relu;
+  const auto expect = [&](const char* message, auto change) {
+    check_throws<std::invalid_argument>(message, [=] {
+      bnext::BatchNormBackward bad = good;
+      change(bad);
+      bnext::batch_norm_backward(bad);
+    });
+  };
+  using Args = bnext::BatchNormBackward;
+  expect("negative_slope: expected a positive one with an inverse in float32, got 1e-60",
+         [](Args& a) { a.negative_slope = 1e-60; });
+  expect("activation: expected none, or leaky_relu with a positive slope",
+         [](Args& a) { a.activation = Activation::relu; });
+  expect("activation: expected one of none, relu",
+         [](Args& a) { a.activation = static_cast<Activation>(99); });
+  expect("residual: expected none", [&](Args& a) { a.residual = a.x; });
+  expect("batch_norm_backward: passes: expected none", [&](Args& a) { a.passes = bits; });
+  check(std::all_of(grad_x, grad_x + 6, [](float value) { return value == 0; }),
+        "a bad call wrote to grad_x");
+  bnext::batch_norm_backward(good);
+}
+
+// Parts of a mask and of noise: which elements, and where to.
+void test_elements() {
+  using Invalid = std::invalid_argument;
+  constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  std::uint8_t kept[100];
+  float noise[100];
+  const auto expect = [&](const std::string& message, std::int64_t first, std::int64_t count) {
+    check_throws<Invalid>("dropout_mask: " + message,
+                          [&] { bnext::dropout_mask(0.5, {1, 0}, first, count, kept); });
+    check_throws<Invalid>("gaussian_dropout_noise: " + message,
+                          [&] { bnext::gaussian_dropout_noise(0.5, {1, 0}, first, count, noise); });
+  };
+  expect("first: expected a number >= 0, got -1", -1, 100);
+  expect("count: expected a number >= 0, got -100", 0, -100);
+  expect("count: expected first + count < 2**63, got 9223372036854775800 + 100", most - 7, 100);
+  check_throws<Invalid>("dropout_mask: kept: expected data, got a null pointer",
+                        [] { bnext::dropout_mask(0.5, {1, 0}, 0, 100, nullptr); });
+  check_throws<Invalid>("gaussian_dropout_noise: noise: expected data, got a null pointer",
+                        [] { bnext::gaussian_dropout_noise(0.5, {1, 0}, 0, 100, nullptr); });
+  bnext::dropout_mask(0.5, {1, 0}, 5, 0, nullptr);
+  bnext::gaussian_dropout_noise(0.5, {1, 0}, 5, 0, nullptr);
+  // The last elements that there are, as part of more of them.
+  std::uint8_t last[10];
+  float last_noise[10];
+  bnext::dropout_mask(0.5, {1, 0}, most - 100, 100, kept);
+  bnext::dropout_mask(0.5, {1, 0}, most - 10, 10, last);
+  check(std::equal(last, last + 10, kept + 90), "the last elements of the longest mask");
+  bnext::gaussian_dropout_noise(0.5, {1, 0}, most - 100, 100, noise);
+  bnext::gaussian_dropout_noise(0.5, {1, 0}, most - 10, 10, last_noise);
+  check(std::equal(last_noise, last_noise + 10, noise + 90),
+        "the last elements of the longest noise");
 }
 
 void test_philox() {
@@ -411,6 +639,9 @@ int main(int argc, char** argv) {
     }
     test_dropout();
     test_errors();
+    test_overlaps();
+    test_from_result();
+    test_elements();
     if (!small) {
       test_dropout_masks();
       test_concurrent_callers();

@@ -10,9 +10,9 @@
 // Errors: std::invalid_argument for shapes, values and overlapping memory, DTypeError for dtypes.
 // They are thrown before anything is written. All arrays of a call are of one device; what needs
 // their values (var < 0, a weight of 0 with from_result) is not checked in the memory of a GPU.
-// An output may be the very array that is read
-// (y = x, grad_x = grad_y), but may not overlap any array in another way.
-// Results do not depend on the number of threads, nor on the instruction set.
+// y may be the very array of x or of the residual, grad_x that of grad_y or of x. Outputs overlap
+// no array of the call in another way. Results do not depend on the number of threads, nor on the
+// instruction set.
 #pragma once
 
 #include <bnext/dropout.hpp>
@@ -29,8 +29,9 @@ enum class Activation {
 
 // Whether the gradient of an activation follows from one bit an element (relu, leaky_relu, relu6).
 bool is_gated(Activation activation);
-// Whether what it was of can be found from the result (none; leaky_relu with a positive slope).
-bool is_invertible(Activation activation, double negative_slope);
+// Whether what it was of can be found from the result, for data of this dtype: none; leaky_relu
+// with a slope that is positive, and its inverse finite, in parameter_dtype(dtype).
+bool is_invertible(Activation activation, double negative_slope, DType dtype);
 // Bytes that `passes` needs for so many elements.
 std::int64_t passes_bytes(std::int64_t size);
 
@@ -82,9 +83,9 @@ struct BatchNormBackward {
   const std::uint8_t* passes = nullptr;  // from forward
   bool batch_statistics = true;
   // x is not there any more, but y, since forward ran with y = x: n = (activation^-1(y) - bias) /
-  // weight (Rota Bulo et al., 2018, "In-place activated BatchNorm", arXiv:1712.02616). Needs no
-  // activation or leaky_relu with a positive slope, no residual, no dropout, and no weight of 0.
-  // n is as exact as y is: its error grows with |bias / weight|.
+  // weight (Rota Bulo et al., 2018, "In-place activated BatchNorm", arXiv:1712.02616). Needs an
+  // activation that is_invertible, no residual, no `passes`, no dropout, and no weight of 0. n is
+  // as exact as y is: its error grows with |bias / weight|.
   bool from_result = false;
   Array grad_x;         // out, like x
   Array grad_residual;  // out, like x, optional

@@ -59,6 +59,8 @@ struct DropoutBackward {
 void dropout_backward(const DropoutBackward& args);
 
 // kept[i] = 1 where a mask keeps element first + i, 0 where it drops it, for i in [0, count).
+// Neither number is negative, and first + count < 2^63, else std::invalid_argument; without
+// elements, `kept` may be null. So also below.
 void dropout_mask(double p, const DropoutDraw& draw, std::int64_t first, std::int64_t count,
                   std::uint8_t* kept);
 
