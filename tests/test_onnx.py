@@ -814,6 +814,20 @@ def test_unsupported_graphs(case):
         bnext.onnx.load(proto)
 
 
+def test_height_and_width_need_not_be_known():
+    """Shape inference gives each of them a name of its own."""
+    model = make_model(
+        [
+            ("Conv", ["x", "K"], ["h"], dict(pads=[1, 1, 1, 1])),
+            ("Add", ["h", "x"], ["y"], {}),
+        ],
+        ("N", 4, "H", "W"),
+        {"K": KERNEL},
+    )
+    x = np.random.default_rng(0).normal(size=(2, 4, 5, 6)).astype(F32)
+    np.testing.assert_allclose(bnext.onnx.load(model)(x), run(model, x)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_files(tmp_path):
     with pytest.raises(FileNotFoundError):
         bnext.onnx.load(tmp_path / "none.onnx")

@@ -339,6 +339,11 @@ def test_results_lie_as_those_of_pytorch(rank):
             y, expected = ours(x), theirs(x)
             assert y.stride() == expected.stride()
             torch.testing.assert_close(y, expected)
+    if rank == 4:  # one sample of an image whose channels lie last, and other axes of one
+        image = torch.randn(7, 5, 6).permute(2, 0, 1).unsqueeze(0)
+        narrow = torch.randn(4, 6, 1, 5).to(memory_format=torch.channels_last)
+        for x in (image, narrow, narrow[..., :1], narrow[:1]):
+            assert ours(x).stride() == theirs(x).stride()
     expanded = torch.randn(6, 8).expand(4, 6, 8)
     assert bt.Dropout(0.5)(expanded).is_contiguous()
 

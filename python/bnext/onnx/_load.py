@@ -284,11 +284,15 @@ def _shapes(model: Any) -> dict[str, tuple[int | str | None, ...]]:
 
 
 def _same(a: tuple[Any, ...] | None, b: tuple[Any, ...] | None) -> bool:
-    """Whether two shapes may be the same: not if they are known to differ."""
+    """Whether two shapes may be the same: not if they are known to differ, as numbers do, but not
+    names, of which shape inference invents some.
+    """
     if a is None or b is None:
         return True
     sizes = zip(a, b, strict=False)
-    return len(a) == len(b) and all(None in pair or pair[0] == pair[1] for pair in sizes)
+    return len(a) == len(b) and not any(
+        isinstance(one, int) and isinstance(other, int) and one != other for one, other in sizes
+    )
 
 
 def _joined(layer: Module | _Activation | _Bias | None, after: _Activation | _Bias) -> bool:

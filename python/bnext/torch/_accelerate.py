@@ -149,7 +149,7 @@ def _reason_to_keep(module: nn.Module) -> str:
 
 def _fuse_all(model: nn.Module, report: Report) -> None:
     for name, module in model.named_modules():
-        if not _calls_norms(module):
+        if not _has_forward(module) or not _calls_norms(module):
             continue
         forward = module.__dict__.get("forward")
         if isinstance(forward, FusedForward):
@@ -172,12 +172,16 @@ def _fuse_all(model: nn.Module, report: Report) -> None:
 
 def _calls_norms(module: nn.Module) -> bool:
     """Whether a forward method may call a BatchNorm of ours itself."""
-    if type(module).forward is nn.Module.forward:  # of a ModuleList: there is none
-        return False
     return any(
-        type(child) in NORMS or (is_transparent(child) and _calls_norms(child))
+        type(child) in NORMS
+        or ((is_transparent(child) or not _has_forward(child)) and _calls_norms(child))
         for child in module.children()
     )
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Which a ModuleList, for one, has not."""
+    return type(module).forward is not nn.Module.forward
 
 
 def restore(model: nn.Module) -> nn.Module:

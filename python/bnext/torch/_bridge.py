@@ -106,18 +106,23 @@ def is_last(x: Tensor) -> bool:
     return all(x.stride(1) < x.stride(axis) for axis in others)
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether PyTorch gives what BatchNorm makes of x the format channels_last, or else the
-    contiguous one (``is_channels_last_strides_2d`` in its c10/core/MemoryFormat.h).
+    contiguous one (`suggest_memory_format` in its c10/core/TensorImpl.h).
     """
-    if x.dim() not in (4, 5) or x.shape[1] == 1 or x.is_contiguous() or x.stride(1) == 0:
+    if x.dim() not in _CHANNELS_LAST or x.is_contiguous():
         return False
+    if x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]):
+        return True
     least = 0
     for axis in (1, *range(x.dim() - 1, 1, -1), 0):
-        if x.stride(axis) < least:
+        if x.stride(axis) < least or (axis == 0 and least == x.stride(1)):
             return False
-        least = x.stride(axis) * x.shape[axis]
-    return True
+        least = x.stride(axis) * max(x.shape[axis], 1)
+    return x.stride(1) > 0
 
 
 def empty(x: Tensor, last: bool) -> Tensor:

@@ -150,7 +150,11 @@ def _may_wait(owner: nn.Module, order: list[fx.Node], chain: Chain) -> bool:
         return False
     if order.index(chain.norm) == first - 1:
         return True
-    # Others run in between. They cannot change the input, if it is new and for the BatchNorm alone.
+    # Others run in between, and may read what the BatchNorm changes.
+    own = f"{chain.norm.target}."
+    if any(node.op == "get_attr" and str(node.target).startswith(own) for node in order):
+        return False
+    # They cannot change the input, if it is new and for the BatchNorm alone.
     source = chain.norm.args[0]
     fresh = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     return (
@@ -256,7 +260,7 @@ class FusedForward(ClassForward):
             if target is not None
         ]
         self.skipped = [owner.get_submodule(str(target)) for target in targets]
-        self.skipped += [module for module, _ in traced.children[1:]]
+        self.skipped += traced.entered
         self.kinds = list(map(_kind, self.skipped))
         rewrite(traced.graph, found)
         code = traced.graph.python_code("self")
@@ -273,6 +277,7 @@ class FusedForward(ClassForward):
         ):
             return type(self.owner).forward(self.owner, *args, **kwargs)
         if self.function is None:
+            self.method = type(self.owner).forward
             names = dict(self.names)
             exec(self.source, names)
             self.function = names["forward"]
@@ -284,8 +289,8 @@ class FusedForward(ClassForward):
             self.method in (None, type(self.owner).forward)
             and list(map(_kind, self.skipped)) == self.kinds
             and all(map(is_plain, self.skipped))
-            and all(tuple(m._modules.values()) == children for m, children in self.children)
-            and all(_same(m.__dict__.get(name), value) for m, name, value in self.reads)
+            and all(tuple(m._modules.items()) == children for m, children in self.children)
+            and all(_same(read.now, read.value) for read in self.reads)
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -298,7 +303,8 @@ class FusedForward(ClassForward):
     def __getstate__(self) -> dict[str, Any]:
         modules = {name: each.__name__ for name, each in self.names.items() if ismodule(each)}
         names = {name: each for name, each in self.names.items() if name not in modules}
-        # A copy's class may have a method of its own, as those of torch.fx.GraphModule.
+        # A copy's class may have a method of its own, as those of torch.fx.GraphModule: its first
+        # call asks for it.
         own = {"function": None, "method": None, "names": names, "modules": modules}
         return {**self.__dict__, **own}
 
@@ -310,7 +316,7 @@ class FusedForward(ClassForward):
 
 def _kind(module: nn.Module) -> tuple[type[nn.Module], Any]:
     """The class, and what makes another function of GELU."""
-    return type(module), getattr(module, "approximate", None)
+    return type(module), module.__dict__.get("approximate")
 
 
 def _same(value: Any, before: Any) -> bool:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import dis
 import inspect
 import operator
+import pickle
 import random
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -28,19 +31,35 @@ class NotTraceable(Exception):
     """Why a graph would not stand for the method."""
 
 
-_Read = tuple[nn.Module, str, Any]
+class Read(NamedTuple):
+    """What forward saw of a module: an attribute of its own, or, of a parameter or buffer in the
+    dictionary of that name, whether it is None.
+    """
+
+    module: nn.Module
+    dictionary: str
+    name: str
+    value: Any
+
+    @property
+    def now(self) -> Any:
+        own = self.module.__dict__
+        if self.dictionary:
+            return own[self.dictionary].get(self.name) is None
+        return own.get(self.name)
 
 
 class Traced(NamedTuple):
     """The graph, and what it holds for.
 
     `reads`: attributes that Python looked at; `children`: those of each module that forward may
-    have looked into, not only called.
+    have looked into, not only called; `entered`: modules on the way to those that are called.
     """
 
     graph: fx.Graph
-    reads: list[_Read]
-    children: list[tuple[nn.Module, tuple[nn.Module, ...]]]
+    reads: list[Read]
+    children: list[tuple[nn.Module, tuple[tuple[str, nn.Module | None], ...]]]
+    entered: list[nn.Module]
 
 
 class ClassForward:
@@ -84,31 +103,36 @@ def trace(module: nn.Module) -> Traced:
             parameter.empty
         ):
             raise NotTraceable(f"argument {parameter.name} of forward may be left out")
-    before = _states(module)
-    unseen: list[str] = []
+    before, seen = _states(module), _Seen()
     try:
-        with _lock, _no_draws(), _record(module) as (reads, codes, unseen), _NoValues():
-            graph = _Tracer().trace(module)
+        with _lock, _record(module, seen), _NoValues(seen):
+            graph = _Tracer(seen).trace(module)
     except NotTraceable:
         raise
     except Exception as error:  # whatever placeholders made of the user's code
-        if not unseen:
+        if not seen.unseen:
             message = str(error).splitlines()[0] if str(error) else repr(error)
             raise NotTraceable(message) from error
     finally:
         changed = _restore(before)
-    if unseen:
-        raise NotTraceable(f"forward uses {unseen[0]}")
+    if seen.unseen:
+        raise NotTraceable(f"forward {seen.unseen[0]}")
     if changed:
         raise NotTraceable(f"forward sets {changed}")
-    for code in codes:
+    for code in seen.codes:
         _refuse(code)
-    for _, name, value in reads:
-        if not _is_constant(value):
-            raise NotTraceable(f"forward reads {name}, a {type(value).__name__}")
-    called = [module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"]
-    looked_into = _descendants(module, set(map(id, called)))
-    return Traced(graph, reads, [(m, tuple(m._modules.values())) for m in looked_into])
+    for read in seen.reads.values():
+        if not _is_constant(read.value):
+            raise NotTraceable(f"forward reads {read.name}, a {type(read.value).__name__}")
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    called = {id(module.get_submodule(target)) for target in targets}
+    parents = {target.rpartition(".")[0] for target in targets} - {""}
+    return Traced(
+        graph,
+        list(seen.reads.values()),
+        [(m, tuple(m._modules.items())) for m in _descendants(module, called)],
+        [module.get_submodule(name) for name in parents],
+    )
 
 
 # torch.fx, and what records here, change nn.Module while they trace.
@@ -124,8 +148,25 @@ def _descendants(module: nn.Module, without: set[int]) -> Iterator[nn.Module]:
             yield from _descendants(child, without)
 
 
+@dataclass
+class _Seen:
+    """What is noticed while forward is traced: attributes that are read, code of others than
+    PyTorch that runs, and what a graph cannot repeat.
+    """
+
+    reads: dict[tuple[int, str], Read] = field(default_factory=dict)
+    codes: set[CodeType] = field(default_factory=set)
+    unseen: list[str] = field(default_factory=list)
+    asking: bool = False  # inside of hasattr or getattr
+
+    def refuse(self, reason: str) -> NotTraceable:
+        """To be raised; it counts even if somebody catches it."""
+        self.unseen.append(reason)
+        return NotTraceable(f"forward {reason}")
+
+
 class _NoValues(TorchFunctionMode):
-    """Inside, Python does not look at the numbers in tensors, such as buffers and random ones."""
+    """Inside, Python does not look at the numbers in tensors, such as random ones."""
 
     _reads = (
         *(getattr(Tensor, f"__{name}__") for name in
@@ -133,6 +174,10 @@ class _NoValues(TorchFunctionMode):
         *(Tensor.item, Tensor.numpy, Tensor.tolist, Tensor.equal, Tensor.is_nonzero),
         *(torch.equal, torch.is_nonzero, torch.allclose, Tensor.allclose),
     )  # fmt: skip
+
+    def __init__(self, seen: _Seen) -> None:
+        super().__init__()
+        self._seen = seen
 
     def __torch_function__(
         self,
@@ -142,33 +187,8 @@ class _NoValues(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in self._reads:
-            raise NotTraceable("forward looks at the numbers in a tensor")
+            raise self._seen.refuse("looks at the numbers in a tensor")
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _no_draws() -> Iterator[None]:
-    """NotTraceable if random numbers are drawn inside, and as if they had not been."""
-
-    def states() -> tuple[Any, ...]:
-        legacy = np.random.get_state()  # noqa: NPY002 (which is what users may draw from)
-        return random.getstate(), legacy, torch.get_rng_state()
-
-    def key(python: Any, numpy: Any, pytorch: Tensor) -> tuple[Any, ...]:
-        _, words, position, *_ = numpy
-        return python, words.tobytes(), position, pytorch.numpy().tobytes()
-
-    before = states()
-    try:
-        yield
-    finally:
-        drawn = key(*states()) != key(*before)
-        for restore, state in zip(
-            (random.setstate, np.random.set_state, torch.set_rng_state), before, strict=True
-        ):
-            restore(state)
-    if drawn:
-        raise NotTraceable("forward draws random numbers")
 
 
 class _Value(fx.Proxy):
@@ -177,8 +197,14 @@ class _Value(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # what isinstance asks after the type itself
         if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
-            raise NotTraceable("forward asks for the type of a value")
+            raise self.tracer.seen.refuse("asks for the type of a value")
         return _Value
+
+    def __getattr__(self, name: str) -> Any:
+        # A placeholder has every attribute.
+        if self.tracer.seen.asking and not hasattr(Tensor, name):
+            raise self.tracer.seen.refuse(f"asks whether a value has {name}")
+        return super().__getattr__(name)
 
 
 def _in_place(operation: Any) -> Any:
@@ -195,6 +221,12 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # or what they are now would be constant
+
+    def __init__(self, seen: _Seen) -> None:
+        super().__init__()
+        self.seen = seen
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not is_transparent(m)
 
@@ -203,7 +235,11 @@ class _Tracer(fx.Tracer):
         plain = (list, dict, tuple, torch.Size)
         kind = type(a)
         if issubclass(kind, plain) and kind not in plain and not hasattr(kind, "_fields"):
-            raise NotTraceable(f"forward makes a container that a graph has not: {kind.__name__}")
+            raise self.seen.refuse(f"makes a container that a graph has not: {kind.__name__}")
+        if issubclass(
+            kind, np.floating
+        ):  # of which float64 passes for a float, but is written else
+            a = float(a)
         return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -212,60 +248,80 @@ class _Tracer(fx.Tracer):
 
 # Attributes of every module that are not the user's.
 _INTERNAL = set(nn.Module().__dict__) - {"training"}
-# Parts of PyTorch whose effect a graph does not keep,
+# Parts of PyTorch whose effect a graph does not keep.
 _UNSEEN = ("torch.autograd", "torch.amp", "torch.utils.checkpoint")
-# and functions whose answer it does not ask for again.
-_ASKS = {
-    hasattr,  # of which every placeholder has every attribute
+# Functions whose answer it does not ask for again, or which it does not call again.
+_NOT_AGAIN = {
     torch.is_grad_enabled,
     torch.is_inference_mode_enabled,
     torch.is_autocast_enabled,
+    torch.is_autocast_cpu_enabled,
+    torch.get_default_dtype,
+    print,
+    warnings.warn,
+}
+_NOT_AGAIN_IN_PYTHON = {
+    function.__code__: function.__name__
+    for function in (torch.are_deterministic_algorithms_enabled, torch.jit.is_tracing)
 }
 
 
 @contextmanager
-def _record(root: nn.Module) -> Iterator[tuple[list[_Read], set[CodeType], list[str]]]:
-    """What happens inside: attributes of `root` and its descendants that are read, code of others
-    than PyTorch that runs, modules of PyTorch in `_UNSEEN` that do, and functions of `_ASKS`.
-    """
-    reads: dict[tuple[int, str], _Read] = {}
-    found: list[_Read] = []
-    codes: set[CodeType] = set()
-    unseen: list[str] = []
+def _record(root: nn.Module, seen: _Seen) -> Iterator[None]:
+    """Note in `seen` what happens inside in `root` and its descendants."""
     ours = {id(module) for module in root.modules()}
 
     def getattribute(self: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(self, name)
         own = object.__getattribute__(self, "__dict__")
-        if id(self) in ours and name not in _INTERNAL and name in own:
-            reads[id(self), name] = (self, name, value)
-        return value
+        if id(self) in ours and name not in _INTERNAL:
+            for dictionary in ("_parameters", "_buffers"):
+                if name in own[dictionary]:
+                    is_none = own[dictionary][name] is None
+                    seen.reads[id(self), name] = Read(self, dictionary, name, is_none)
+            if name in own or not hasattr(nn.Module, name):
+                # What the class has, the module has not.
+                seen.reads.setdefault((id(self), name), Read(self, "", name, own.get(name)))
+        return object.__getattribute__(self, name)
+
+    def is_users(frame: FrameType | None) -> bool:
+        package = frame.f_globals.get("__name__", "").partition(".")[0] if frame else "torch"
+        return package not in ("torch", "bnext") and package not in sys.stdlib_module_names
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         # Nothing may be raised from here, where PyTorch may be importing a part of itself.
-        if event not in ("call", "c_call"):
-            return
-        module = frame.f_globals.get("__name__", "")
-        package = module.partition(".")[0]
-        users = package not in ("torch", "bnext") and package not in sys.stdlib_module_names
         if event == "c_call":
-            if users and argument in _ASKS:
-                unseen.append(argument.__name__)
-            return
-        if module.startswith(_UNSEEN):
-            unseen.append(module)
-        if users:
-            codes.add(frame.f_code)
+            if is_users(frame):
+                seen.asking = argument in (hasattr, getattr)
+                if argument in _NOT_AGAIN:
+                    seen.unseen.append(f"uses {argument.__name__}")
+        elif event in ("c_return", "c_exception"):
+            if argument in (hasattr, getattr):
+                seen.asking = False
+        elif event == "call":
+            module = frame.f_globals.get("__name__", "")
+            if module.startswith(_UNSEEN):
+                seen.unseen.append(f"uses {module}")
+            if is_users(frame):
+                seen.codes.add(frame.f_code)
+            elif is_users(frame.f_back):
+                if frame.f_code in _NOT_AGAIN_IN_PYTHON:
+                    seen.unseen.append(f"uses {_NOT_AGAIN_IN_PYTHON[frame.f_code]}")
+                if module == "logging":
+                    seen.unseen.append("uses logging")
 
-    previous = sys.getprofile()
+    def generators() -> bytes:
+        return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002
+
+    previous, before = sys.getprofile(), generators()
     nn.Module.__getattribute__ = getattribute
     sys.setprofile(profile)
     try:
-        yield found, codes, unseen
+        yield
     finally:
         sys.setprofile(previous)
         del nn.Module.__getattribute__
-        found += reads.values()
+        if generators() != before:
+            seen.unseen.append("draws random numbers")
 
 
 def _refuse(code: CodeType) -> None:
@@ -277,6 +333,10 @@ def _refuse(code: CodeType) -> None:
             raise NotTraceable(f"a with statement in {code.co_name}")
         if (name == "IS_OP" or "_NONE" in name) and before not in ("LOAD_ATTR", "LOAD_METHOD"):
             raise NotTraceable(f"{code.co_name} compares a value with None, or by `is`")
+        if name in ("PUSH_EXC_INFO", "SETUP_FINALLY"):
+            raise NotTraceable(f"a try statement in {code.co_name}")
+        if name == "STORE_GLOBAL" or (name == "LOAD_GLOBAL" and instruction.argval == "type"):
+            raise NotTraceable(f"{code.co_name} sets a global variable, or asks for types")
         if name not in ("CACHE", "LOAD_CONST", "EXTENDED_ARG", "NOT_TAKEN"):
             before = name
 
