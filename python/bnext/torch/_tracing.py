@@ -278,8 +278,8 @@ def _record(root: nn.Module, seen: _Seen) -> Iterator[None]:
                 if name in own[dictionary]:
                     is_none = own[dictionary][name] is None
                     seen.reads[id(self), name] = Read(self, dictionary, name, is_none)
-            if name in own or not hasattr(nn.Module, name):
-                # What the class has, the module has not.
+            # What the class has, the module has not. (Of children, all are watched.)
+            if name in own or not (hasattr(nn.Module, name) or name in own["_modules"]):
                 seen.reads.setdefault((id(self), name), Read(self, "", name, own.get(name)))
         return object.__getattribute__(self, name)
 
