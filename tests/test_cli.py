@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,6 +288,68 @@ def test_resume_into_another_folder(capsys, spec):
     assert run(capsys, "train", *arguments)[0] == 0
     assert len(Snapshot.load("a/last.safetensors").history) == 1
     assert len(Snapshot.load("b/last.safetensors").history) == 2
+    status, _, err = run(capsys, "train", *arguments)
+    assert status == 2
+    assert "b already holds a run" in err
+
+
+def test_a_new_folder_is_of_one_run_alone(tmp_path, monkeypatch):
+    exists = cli.os.path.lexists
+    hidden = [True]  # as if another run made it just after the look
+
+    def late(path):
+        return exists(path) and not (hidden and hidden.pop())
+
+    folder = tmp_path / "runs" / "run"
+    assert cli._new_folder(folder) == folder
+    monkeypatch.setattr(cli.os.path, "lexists", late)
+    assert cli._new_folder(folder) == folder.with_name("run-2")
+
+
+def test_wrong_options_leave_no_folder(capsys, tmp_path):
+    for arguments in (
+        ["--data", "nowhere"],
+        ["--model", "mlp", "--norm", "none", "--dropout-position", "before-norm"],
+    ):
+        assert run(capsys, "train", *arguments, "--epochs", 1)[0] == 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "doctor", "train --resume"])
+def test_checkpoints_of_other_programs(capsys, spec, command):
+    assert run(capsys, "train", "--data", spec, "--epochs", 1, "--out", "r", *SMALL)[0] == 0
+    snapshot = Snapshot.load("r/last.safetensors")
+    for name in ("norm", "epochs"):
+        config = {key: value for key, value in snapshot.config.items() if key != name}
+        replace(snapshot, config=config).save("other.safetensors")
+        status, _, err = run(capsys, *command.split(), "other.safetensors")
+        assert status == 2
+        assert "was not written by bnext train: config: expected all" in err
+        assert err.endswith(f"got none for {name}\n")
+    if command != "train --resume":
+        replace(snapshot, config=snapshot.config | {"norm": 3}).save("other.safetensors")
+        status, _, err = run(capsys, command, "other.safetensors")
+        assert (status, err.count("\n")) == (2, 1)
+
+
+def test_files_that_may_not_be_read(capsys, monkeypatch, tmp_path):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    monkeypatch.setattr(Path, "is_dir", refused)
+    for arguments in (
+        ["evaluate", tmp_path],
+        ["doctor", tmp_path],
+        ["train", "--resume", tmp_path],
+        ["train", "--data", f"idx:{tmp_path}"],
+        ["train", "--data", f"cifar10:{tmp_path}"],
+    ):
+        status, _, err = run(capsys, *arguments)
+        assert status == 2
+        assert "cannot be read" in err
+        assert "permission denied" in err.lower()
+        assert err.count("\n") == 1
 
 
 def test_evaluate_other_data(capsys, spec, tmp_path):

@@ -568,6 +568,104 @@ def test_modules_of_bnext_torch_give_the_same_report():
         np.testing.assert_allclose(a[3:8], b[3:8], rtol=1e-3, atol=1e-4)
 
 
+def test_a_bias_that_a_reshape_spreads_over_channels_counts():
+    torch = pytest.importorskip("torch", reason="the networks are PyTorch's")
+    T = torch.nn
+
+    def codes(shape, *layers):
+        return bnext.doctor(T.Sequential(*layers), input_shape=shape).codes
+
+    assert codes((8,), T.Linear(8, 64), T.Unflatten(1, (4, 4, 4)), T.BatchNorm2d(4)) == []
+    assert codes((8,), T.Linear(8, 4), T.Unflatten(1, (4, 1, 1)), T.BatchNorm2d(4)) == ["BNX104"]
+    for features in (16, 5):  # BatchNorm normalizes the 5 rows, the bias is of columns
+        assert codes((5, 8), T.Linear(8, features), T.BatchNorm1d(5)) == []
+    assert codes((3, 8), T.Conv1d(3, 6, 3), T.Flatten(2), T.BatchNorm1d(6)) == ["BNX104"]
+    assert codes((3, 8), T.Conv1d(3, 6, 3), T.Flatten(), T.BatchNorm1d(36)) == []
+
+
+def test_a_bias_of_the_last_axis_is_without_effect_channels_last():
+    for axis, expected in ((-1, ["BNX104"]), (1, [])):
+        model = nn.Sequential(nn.Linear(8, 5), nn.BatchNorm(5, channel_axis=axis))
+        assert bnext.doctor(model, input_shape=(5, 8)).codes == expected
+
+
+def test_no_prediction_through_an_activation_before_the_norm(build):
+    def codes(*between):
+        model = build([("dropout", 0.5), linear(8, 32), *between, ("norm", 32)])
+        return bnext.doctor(model, input_shape=(8,)).codes
+
+    assert codes() == ["BNX106"]
+    assert codes(("relu",)) == []
+
+
+def test_accuracy_needs_labels_that_are_classes(build):
+    x = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
+    model = build([linear(8, 16), ("norm", 16), ("dropout", 0.5), linear(16, 1, True)])
+    settled(model, x)
+    y = x[:, 0]
+    report = bnext.doctor(model, (x, y), validation=(x, y), loss=lambda o, y: (o[:, 0] - y) ** 2)
+    assert np.isnan([row.accuracy for row in report.evaluations]).all()
+    assert report.skipped["BNX211"] == "needs integer labels and outputs (N, K)"
+    assert "BNX211" not in report.codes
+
+
+def test_keyword_arguments_of_layers():
+    torch = pytest.importorskip("torch", reason="the network is PyTorch's")
+
+    class Net(torch.nn.Module):
+        def __init__(self, keywords):
+            super().__init__()
+            torch.manual_seed(0)
+            self.keywords = keywords
+            self.first = torch.nn.Linear(8, 16)
+            self.norm = torch.nn.BatchNorm1d(16)
+
+        def forward(self, x):
+            if self.keywords:
+                return self.norm(input=self.first(input=x))
+            return self.norm(self.first(x))
+
+    x = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
+    reports = [bnext.doctor(Net(keywords), x) for keywords in (False, True)]
+    assert reports[0].codes == reports[1].codes == ["BNX104"]
+    assert list(reports[0].layers) == list(reports[1].layers)
+
+
+def test_batches_of_one_without_running_statistics(build):
+    x, y = images(65)
+    model = build(MLP)
+    norm = type(model[2])(32, track_running_stats=False)
+    model = type(model)(model[0], model[1], norm, model[3], model[4])
+    for loss in (None, lambda output, y: output.sum(1)):
+        report = bnext.doctor(model, (x, y), batch_size=1, validation=(x, y), loss=loss)
+        assert report.codes == ["BNX101"]
+    report = bnext.doctor(model, (x, y), validation=(x, y))  # a last batch of one
+    assert len(report.evaluations) == 4
+
+
+def test_no_findings_from_nan(build):
+    x, y = images(256)
+    model = settled(build(HEALTHY), x)
+    norms(model)[0].weight.data[...] = np.nan
+    report = bnext.doctor(model, (x, y), validation=(x, y))
+    assert report.codes == ["BNX212"]
+    assert report.skipped["BNX211"] == "losses that are NaN"
+
+
+def test_frozen_layers_have_no_momentum_and_keep_scales(build):
+    x, y = images(256)
+    model = build([("flatten",), linear(192, 16), ("norm", 16), linear(16, CLASSES)])
+    initial = state(model)
+    weights(model)[0].weight.data *= 5
+    norms(model)[0].momentum = 0
+    assert {"BNX107", "BNX210"} <= set(bnext.doctor(model, (x, y), initial=initial).codes)
+    if hasattr(model[2], "freeze"):
+        model[2].freeze()
+    else:
+        model[2].eval()
+    assert bnext.doctor(model, (x, y), initial=initial).codes == []
+
+
 # -- data of all kinds -----------------------------------------------------------------
 def test_data_may_come_in_many_ways():
     x, y = images(320)
@@ -820,6 +918,57 @@ def test_command_on_files(capsys, folder):
         status, out, err = run(capsys, "doctor", model, *common)
         assert (status, out) == (2, "")
         assert message in err
+
+
+def test_models_that_fail_are_no_findings(capsys, folder):
+    pytest.importorskip("torch", reason="the networks are PyTorch's")
+    (folder / "fails.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, error):\n"
+        "        super().__init__()\n"
+        "        self.norm, self.error = torch.nn.BatchNorm2d(3), error\n"
+        "    def forward(self, x):\n"
+        "        raise self.error\n"
+        "def key(): return Net(KeyError('a'))\n"
+        "def file(): return Net(FileNotFoundError('b'))\n"
+        "def claim(): return Net(AssertionError())\n"
+        "def leave(): raise SystemExit(1)\n"
+    )
+    for called, message in (
+        ("key", "KeyError: 'a'"),
+        ("file", "FileNotFoundError: b"),
+        ("claim", "AssertionError: "),
+        ("leave", "fails.py:leave: SystemExit: 1"),
+    ):
+        status, out, err = run(capsys, "doctor", f"fails.py:{called}", "--data", "npz:four.npz")
+        assert (status, out, err) == (2, "", f"bnext: error: {message}\n")
+
+
+def test_files_may_import_what_is_beside_them(capsys, folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "beside_it.py").write_text("features = 192\n")
+    (folder / "sub" / "json.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "from beside_it import features\n"
+        "from bnext import nn\n"
+        "@dataclass\n"
+        "class Options:\n"
+        "    count: ClassVar[int] = 1\n"
+        "    features: int = features\n"
+        "def make():\n"
+        "    features = Options().features\n"
+        "    return nn.Sequential(nn.Flatten(), nn.BatchNorm(features), nn.Linear(features, 4))\n"
+    )
+    (folder / "in_this_folder.py").write_text((folder / "sub" / "json.py").read_text())
+    before = sys.path[:]
+    common = ["--data", "npz:four.npz"]
+    assert run(capsys, "doctor", "sub/json.py:make", *common)[0] == 0
+    assert run(capsys, "doctor", "in_this_folder:make", *common)[0] == 0
+    assert sys.modules["json"] is json
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import difflib
 import importlib
 import importlib.util
 import math
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -295,7 +297,7 @@ MODEL is a checkpoint or the folder of a run; a model of bnext train with option
 cnn:norm=batch,dropout=0.3,width=16; or FILE.py:NAME or PACKAGE.MODULE:NAME, a function without
 arguments that returns a network of bnext.nn or PyTorch (its code runs).
 
-exit status: 0 no findings, 1 findings, 2 a wrong option, file or data set
+exit status: 0 no findings, 1 findings, 2 a wrong option, file, model or data set
 
 examples:
   bnext doctor runs/digits-cnn-seed0                 a trained network, on its data
@@ -435,27 +437,36 @@ def _train(args: argparse.Namespace, known: _TrainOptions) -> int:
     wanted = {**known.defaults, **given}
     if args.resume is None:
         snapshot, options = None, _complete(wanted, given)
-        out = Path(wanted["out"] or _new_folder(_default_folder(wanted)))
-        if (out / _CHECKPOINT).exists():
-            raise _Error(
-                f"{out} already holds a run: continue it with --resume, or choose another --out"
-            )
+        out: Path | None = Path(wanted["out"]) if wanted["out"] else None
+        if out is not None:
+            _check_free(out)
     else:
         start = Path(args.resume or wanted["out"] or _latest_folder(_default_folder(wanted)))
-        checkpoint = start / _CHECKPOINT if start.is_dir() else start
+        checkpoint = _checkpoint(start)
         snapshot = train.Snapshot.load(checkpoint)
-        options = _resumed(snapshot, given, checkpoint)
+        options = _resumed(snapshot, given, checkpoint, known)
         out = Path(wanted["out"] or checkpoint.parent)
+        if out.resolve() != checkpoint.parent.resolve():
+            _check_free(out)
 
     bnext.manual_seed(options["seed"])
     dataset = data.load(options["data"])
     try:
-        trainer = _trainer(options, dataset, out, wanted["progress"])
+        trainer = _trainer(options, dataset, wanted["progress"])
     except ValueError as error:
         raise _Error(str(error)) from error
     if snapshot is not None:
         trainer.restore(snapshot)
-    return _run(trainer, options["epochs"], out)
+    # Now that nothing is wrong with the options.
+    trainer.out = _new_folder(_default_folder(wanted)) if out is None else out
+    return _run(trainer, options["epochs"], trainer.out)
+
+
+def _check_free(out: Path) -> None:
+    if (out / _CHECKPOINT).exists():
+        raise _Error(
+            f"{out} already holds a run: continue it with --resume, or choose another --out"
+        )
 
 
 def _complete(wanted: Options, given: Options) -> Options:
@@ -471,15 +482,21 @@ def _complete(wanted: Options, given: Options) -> Options:
     return options
 
 
-def _kept_options(snapshot: train.Snapshot, checkpoint: Path) -> Options:
-    if "model" not in snapshot.config:
-        raise _Error(f"{checkpoint} was not written by bnext train")
+def _kept_options(snapshot: train.Snapshot, checkpoint: Path, known: _TrainOptions) -> Options:
+    missing = known.defaults.keys() - _FREE[1:] - snapshot.config.keys()
+    if missing:
+        raise _Error(
+            f"{checkpoint} was not written by bnext train: config: expected all of its options, "
+            f"got none for {', '.join(sorted(missing))}"
+        )
     return dict(snapshot.config)
 
 
-def _resumed(snapshot: train.Snapshot, given: Options, checkpoint: Path) -> Options:
+def _resumed(
+    snapshot: train.Snapshot, given: Options, checkpoint: Path, known: _TrainOptions
+) -> Options:
     """The options of the run in `checkpoint`; those given must not change its course."""
-    options = _kept_options(snapshot, checkpoint)
+    options = _kept_options(snapshot, checkpoint, known)
     for name, value in given.items():
         if name not in _FREE and options.get(name) != value:
             raise _Error(
@@ -502,13 +519,21 @@ def _default_folder(options: Options) -> Path:
 def _numbered(folder: Path) -> list[Path]:
     """`folder`, folder-2, folder-3, ... up to the first that does not exist."""
     paths = [folder]
-    while paths[-1].exists():
+    while os.path.lexists(paths[-1]):
         paths.append(folder.with_name(f"{folder.name}-{len(paths) + 1}"))
     return paths
 
 
 def _new_folder(folder: Path) -> Path:
-    return _numbered(folder)[-1]
+    """Make the first of `_numbered` that does not exist, also if another run is about to."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = _numbered(folder)[-1]
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
 
 
 def _latest_folder(folder: Path) -> Path:
@@ -516,6 +541,12 @@ def _latest_folder(folder: Path) -> Path:
     if not existing:
         raise _Error(f"--resume: there is no run in {folder}")
     return existing[-1]
+
+
+def _checkpoint(path: Path) -> Path:
+    """The file `path`, or the last checkpoint of this folder."""
+    # os.path does not raise where it may not look; what reads the file says so.
+    return path / _CHECKPOINT if os.path.isdir(path) else path
 
 
 def _model(options: Options, input_shape: Sequence[int], num_classes: int) -> Module:
@@ -528,7 +559,7 @@ def _model(options: Options, input_shape: Sequence[int], num_classes: int) -> Mo
     )
 
 
-def _trainer(options: Options, dataset: Dataset, out: Path, progress: bool | None) -> train.Trainer:
+def _trainer(options: Options, dataset: Dataset, progress: bool | None) -> train.Trainer:
     model = _model(options, dataset.input_shape, dataset.num_classes)
     optimizer, defaults = _OPTIMIZERS[options["optimizer"]]
     crop, flip = options["augment_crop"], options["flip"]
@@ -549,7 +580,6 @@ def _trainer(options: Options, dataset: Dataset, out: Path, progress: bool | Non
         seed=options["seed"],
         normalizer=data.Normalizer.fit(dataset.x_train),
         augment=data.Augment(crop, flip) if crop or flip else None,
-        out=out,
         config=options,
         progress=progress,
         log=_say,
@@ -596,13 +626,17 @@ def _say(line: str) -> None:
 
 
 # -- the other commands ----------------------------------------------------------------
-def _load(checkpoint: Path, spec: str | None) -> tuple[train.Snapshot, Options, Module, Dataset]:
+def _load(
+    checkpoint: Path, spec: str | None, known: _TrainOptions
+) -> tuple[train.Snapshot, Options, Module, Dataset]:
     """A checkpoint or the last one of a folder, its model, and its data or those of `spec`."""
-    if checkpoint.is_dir():
-        checkpoint /= _CHECKPOINT
+    checkpoint = _checkpoint(checkpoint)
     snapshot = train.Snapshot.load(checkpoint)
-    described, options = snapshot.dataset, _kept_options(snapshot, checkpoint)
-    model = _model(options, described["input_shape"], described["num_classes"])
+    described, options = snapshot.dataset, _kept_options(snapshot, checkpoint, known)
+    try:
+        model = _model(options, described["input_shape"], described["num_classes"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise _Error(f"{checkpoint} was not written by bnext train: {error}") from error
     snapshot.restore_model(model)
     dataset = data.load(spec or described["name"])
     if list(dataset.input_shape) != described["input_shape"]:
@@ -622,8 +656,8 @@ def _load(checkpoint: Path, spec: str | None) -> tuple[train.Snapshot, Options, 
     return snapshot, options, model, dataset
 
 
-def _evaluate(args: argparse.Namespace, _: _TrainOptions) -> int:
-    snapshot, _options, model, dataset = _load(args.checkpoint, args.data)
+def _evaluate(args: argparse.Namespace, known: _TrainOptions) -> int:
+    snapshot, _options, model, dataset = _load(args.checkpoint, args.data, known)
     metrics = train.evaluate(
         model,
         dataset.x_test,
@@ -638,8 +672,8 @@ def _evaluate(args: argparse.Namespace, _: _TrainOptions) -> int:
     return 0
 
 
-def _doctor(args: argparse.Namespace, _: _TrainOptions) -> int:
-    model, dataset, found = _patient(args)
+def _doctor(args: argparse.Namespace, known: _TrainOptions) -> int:
+    model, dataset, found = _patient(args, known)
     # PyTorch modules and models of one's own know nothing of the data: their inputs are normalized
     # as those of bnext train.
     found.setdefault("normalizer", data.Normalizer.fit(dataset.x_train))
@@ -654,13 +688,14 @@ def _doctor(args: argparse.Namespace, _: _TrainOptions) -> int:
             seed=args.seed,
             **found,
         )
-    except (ValueError, TypeError, RuntimeError) as error:  # PyTorch raises the last for shapes
-        raise _Error(str(error).partition("\n")[0]) from error
+    except Exception as error:  # whatever is in the user's model
+        message = str(error)
+        raise _Error(_line(error) if not message.startswith("doctor: ") else message) from error
     _say(report.to_json() if args.json else str(report))
     return 0 if report.ok else 1
 
 
-def _patient(args: argparse.Namespace) -> tuple[Any, Dataset, Options]:
+def _patient(args: argparse.Namespace, known: _TrainOptions) -> tuple[Any, Dataset, Options]:
     """The network, the data, and what is known about its training."""
     given = {} if args.batch_size is None else {"batch_size": args.batch_size}
     name, _, called = args.model.rpartition(":")
@@ -675,35 +710,48 @@ def _patient(args: argparse.Namespace) -> tuple[Any, Dataset, Options]:
         return model, dataset, given
     if name and called.isidentifier():
         return _imported(name, called), data.load(args.data or "digits"), given
-    if not Path(args.model).exists():
+    if not os.path.exists(args.model):
         raise _Error(
             f"{args.model}: expected a checkpoint, FILE.py:NAME, or one of "
             f"{', '.join(models.names())} with options"
         )
-    snapshot, kept, model, dataset = _load(Path(args.model), args.data)
+    snapshot, kept, model, dataset = _load(Path(args.model), args.data, known)
     # The initial weights follow from the seed.
     bnext.manual_seed(kept["seed"])
     initial = _model(kept, dataset.input_shape, snapshot.dataset["num_classes"]).state_dict()
-    known = {"batch_size": kept["batch_size"], "initial": initial, **given}
-    return model, dataset, {**known, "normalizer": snapshot.normalizer}
+    from_run = {"batch_size": kept["batch_size"], "initial": initial}
+    return model, dataset, {**from_run, **given, "normalizer": snapshot.normalizer}
 
 
 def _imported(name: str, called: str) -> Any:
     """What the function `called` of a file or module returns."""
+    # As Python does for a script and for -m: what is beside them can be imported.
+    folder = os.path.abspath(os.path.dirname(name) if name.endswith(".py") else "")
+    sys.path.insert(0, folder)
     try:
         if name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            own_name = f"_doctor_{Path(name).stem}"  # takes the place of no other module
+            spec = importlib.util.spec_from_file_location(own_name, name)
             if spec is None or spec.loader is None or not Path(name).is_file():
                 raise _Error(f"{name}: no such file")
             module = importlib.util.module_from_spec(spec)
+            sys.modules[own_name] = module  # dataclasses, for one, look there
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(name)
         return getattr(module, called)()
     except _Error:
         raise
-    except Exception as error:  # whatever is in the user's file
-        raise _Error(f"{name}:{called}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever is in the user's file
+        raise _Error(f"{name}:{called}: {_line(error)}") from error
+    finally:
+        with suppress(ValueError):  # the user's file may have removed it
+            sys.path.remove(folder)
+
+
+def _line(error: BaseException) -> str:
+    """Kind and message, without the lines that PyTorch adds."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _compare(args: argparse.Namespace, _: _TrainOptions) -> int:

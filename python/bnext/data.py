@@ -106,17 +106,20 @@ def load(spec: str) -> Dataset:
     Raises
     ------
     DataError
-        Unknown spec; file missing, damaged or inconsistent.
+        Unknown spec; file missing, unreadable, damaged or inconsistent.
     ImportError
         ``digits`` without scikit-learn.
     """
     kind, _, location = spec.partition(":")
     if spec == "digits":
         return _load_digits(spec)
-    if spec == "fashion-mnist":
-        return _load_idx(spec, _find_fashion_mnist())
-    if kind in _FILE_LOADERS and location:
-        return _FILE_LOADERS[kind](spec, Path(location).expanduser())
+    try:
+        if spec == "fashion-mnist":
+            return _load_idx(spec, _find_fashion_mnist())
+        if kind in _FILE_LOADERS and location:
+            return _FILE_LOADERS[kind](spec, Path(location).expanduser())
+    except OSError as error:  # of a folder: those of files are DataErrors already
+        raise DataError(f"{spec}: cannot be read: {error}") from error
     raise DataError(f"unknown data set {spec!r}; known: {_KNOWN_SPECS}")
 
 

@@ -169,10 +169,14 @@ class Snapshot:
         Raises
         ------
         CheckpointError
-            See `bnext.checkpoint.load`; also if the file holds something else than a
-            training run.
+            See `bnext.checkpoint.load`; also if the file cannot be read or holds something
+            else than a training run.
         """
-        arrays, metadata = checkpoint.load(path)
+        try:
+            arrays, metadata = checkpoint.load(path)
+        except OSError as error:  # safetensors calls a file that may not be read missing
+            reason = error.strerror or error if os.access(path, os.R_OK) else "permission denied"
+            raise CheckpointError(f"{path}: cannot be read: {reason}") from error
         training = metadata.get("training")
         if training is None:
             raise CheckpointError(f"{path}: a checkpoint of bnext, but not of a training run")

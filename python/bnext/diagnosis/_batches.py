@@ -34,6 +34,17 @@ class Batches(NamedTuple):
         return sum(len(x) for x, _ in self.items)
 
     @property
+    def probe(self) -> Any:
+        """Inputs to look at the network with: 256 at most, and 2 at least."""
+        first = self.items[0][0]
+        if len(first) > 1:
+            return first[:256]
+        alike = [x for x, _ in self.items if x.shape[1:] == first.shape[1:]][:256]
+        alike = alike if len(alike) > 1 else [first, first]
+        join = np.concatenate if isinstance(first, np.ndarray) else sys.modules["torch"].cat
+        return join(alike)
+
+    @property
     def labelled(self) -> bool:
         return bool(self.items) and all(y is not None for _, y in self.items)
 

@@ -154,7 +154,7 @@ def doctor(
             validation = data
         if validation is not None:
             held_out = _batches.collect(validation, shuffle=True, where="validation", **options)
-        probe = network.convert(batches.items[0][0][:256])
+        probe = network.convert(batches.probe)
         graph = network.graph(probe)
         diagnosis = _Diagnosis(network, norms, graph, batches, held_out, initial, loss)
         network.seed(seed)
@@ -246,9 +246,8 @@ class _Diagnosis:
         network = self.network
         loss = self._loss(self.given)
         items = self._usable(self.given)
-        everything = [(network.convert(x), y) for x, y in self.given.items]
         self.running, self.scores["running"] = _measured.passed(
-            network, everything if not items else items, "running", loss
+            network, items or self._evaluable(self.given), "running", loss
         )
         if items:
             self.batch, self.scores["batch"] = _measured.passed(
@@ -274,14 +273,23 @@ class _Diagnosis:
         least = min((self.spatial[norm.name] for norm in self.norms), default=1)
         return [(self.network.convert(x), y) for x, y in batches.items if len(x) * least > 1]
 
+    def _evaluable(self, batches: Batches) -> list[tuple[Any, Any]]:
+        """Batches of evaluation, which without running statistics is as training."""
+        if any(norm.running_mean is None for norm in self.norms):
+            return self._usable(batches)
+        return [(self.network.convert(x), y) for x, y in batches.items]
+
     def _loss(self, batches: Batches) -> _measured.Loss | None:
         if not batches.labelled:
             self._skip("needs labels", "BNX206", "BNX211")
             return None
         if self.loss is not None:
             return self.loss
-        x, labels = batches.items[0]
-        output = self.network.array(self.network.run(self.network.convert(x), "running"))
+        evaluable = self._evaluable(batches)
+        if not evaluable:
+            return None
+        x, labels = evaluable[0]
+        output = self.network.array(self.network.run(x, "running"))
         if output.ndim != 2 or labels.ndim != 1 or labels.dtype.kind not in "iu":
             self._skip("needs integer labels and outputs (N, K), or loss=", "BNX206", "BNX211")
             return None
@@ -301,7 +309,7 @@ class _Diagnosis:
         if self.held_out is None:
             self._skip("needs validation data", "BNX211")
         elif loss is not None and self.held_out.labelled:
-            items = [(self.network.convert(x), y) for x, y in self.held_out.items]
+            items = self._evaluable(self.held_out)
             self.validated["running"] = self._scores(items, "running", loss)
             usable = self._usable(self.held_out)
             if usable:
@@ -324,7 +332,7 @@ class _Diagnosis:
         if changed:
             self.scores["re-estimated"] = self._scores(items, "running", loss)
             if self.held_out is not None and "running" in self.validated:
-                held_out = [(self.network.convert(x), y) for x, y in self.held_out.items]
+                held_out = self._evaluable(self.held_out)
                 self.validated["re-estimated"] = self._scores(held_out, "running", loss)
 
     def _table(self) -> None:
@@ -345,8 +353,9 @@ class _Diagnosis:
             self._skip("needs the initial state", "BNX210")
             return
         now = self.network.state()
+        by_batch = {norm.name for norm in self.norms if norm.by_batch}
         for node in self.graph.nodes:
-            found = self.graph.before(node, ("same",)) if node.kind == "norm" else None
+            found = self.graph.before(node, ("same",)) if node.name in by_batch else None
             if found is None or found[1].kind != "linear":
                 continue
             layer = found[1]
@@ -434,7 +443,11 @@ class _Diagnosis:
         other = self.validated.get("running")
         if other is not None and self.dropout:
             behind = running.accuracy - other.accuracy
-            if behind < BEHIND:
+            if math.isnan(behind):
+                self._skip("needs integer labels and outputs (N, K)", "BNX211")
+            elif math.isnan(running.loss + other.loss):
+                self._skip("losses that are NaN", "BNX211")
+            elif behind < BEHIND:
                 detail = f"validation {other.accuracy:.4g}"
                 yield from finding("BNX211", "", running.accuracy, detail)
 
@@ -464,7 +477,7 @@ class _Diagnosis:
             row = row._replace(gap=_gap(norm, batch))
         if norm.name in self.relu and batch.count >= LEAST_VALUES:
             row = row._replace(
-                dead=float(np.mean(batch.positive < PASSES)),
+                dead=_share(batch.positive < PASSES, ~np.isnan(batch.positive)),
                 dead_predicted=_measured.predicted_dead(norm),
             )
         training, running = self.training.get(norm.name), self.running.get(norm.name)

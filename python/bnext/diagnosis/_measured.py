@@ -55,7 +55,9 @@ class Channels:
             self._means.append(d.mean(2))
             self._squares.append(square.mean(2))
             if y is not None:
-                self._positive += np.count_nonzero(np.asarray(y) > 0, (0, 2))
+                y = np.asarray(y)
+                self._positive += np.count_nonzero(y > 0, (0, 2))
+                self._positive[np.isnan(y).any((0, 2))] = np.nan
         self.count += x.shape[0] * x.shape[2]
         self._spatial = x.shape[2]
 
@@ -87,7 +89,7 @@ class Channels:
 
     @property
     def positive(self) -> Array:
-        """Share of outputs above 0."""
+        """Share of outputs above 0; NaN where one of them is."""
         return self._positive / self.count
 
     def rse(self, samples: int) -> Array:
@@ -132,7 +134,11 @@ class Channels:
 
 
 class Scores(NamedTuple):
-    """Of one pass: the loss of each sample and how many are right; None: not measured."""
+    """Of one pass: the loss of each sample and the share that is right.
+
+    None and NaN: not measured; nothing is right or wrong without integer labels and outputs
+    (N, K), K 2 or more.
+    """
 
     losses: Array | None
     accuracy: float
@@ -174,7 +180,7 @@ def passed(
             )
         losses.append(values)
         array = network.array(output)
-        if array.ndim == 2 and y.ndim == 1:
+        if array.ndim == 2 and array.shape[1] > 1 and y.ndim == 1 and y.dtype.kind in "iu":
             right.append(array.argmax(1) == y)
     accuracy = float(np.concatenate(right).mean()) if right else math.nan
     return channels, Scores(np.concatenate(losses) if losses else None, accuracy)

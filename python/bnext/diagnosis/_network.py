@@ -34,6 +34,8 @@ class Norm:
         That the running statistics have seen.
     by_batch : bool
         Whether training normalizes by the batch, and the statistics are not frozen.
+    axis : int
+        Of the channels in the input.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Norm:
     channels: Array
     group: int | None
     by_batch: bool
+    axis: int = 1
 
     @property
     def untrained(self) -> bool:
@@ -82,7 +85,8 @@ class Node:
         Whether dropout multiplies each element or each channel by a variable of its own, of mean
         1 and variance p / (1 - p); "" for dropout of other kinds.
     layer, x : object
-        The layer itself and its input, of kind "linear".
+    axis : int
+        The layer itself, its input, and the axis of its outputs' features, of kind "linear".
     """
 
     name: str
@@ -93,6 +97,7 @@ class Node:
     noise: str = ""
     layer: Any = None
     x: Any = None
+    axis: int = 1
 
 
 @dataclass

@@ -136,6 +136,7 @@ def _norm(name: str, layer: BatchNorm) -> Norm:
         np.ones(layer.num_features, bool) if layer.channel_mask is None else layer.channel_mask,
         layer.ghost_batch_size,
         not layer.frozen_stats,
+        layer.channel_axis,
     )
 
 
@@ -241,4 +242,6 @@ def _details(module: Module, x: Any) -> dict[str, Any]:
         element = "element" if type(module) in (nn.Dropout, nn.GaussianDropout) else ""
         channel = "channel" if isinstance(module, _ChannelDropout) else ""
         return {"p": module.p, "noise": element or channel}
-    return {"layer": module, "x": x} if isinstance(module, _LINEAR) else {}
+    if isinstance(module, _LINEAR):
+        return {"layer": module, "x": x, "axis": -1 if isinstance(module, nn.Linear) else 1}
+    return {}

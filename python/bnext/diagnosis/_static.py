@@ -41,9 +41,10 @@ def findings(
     inputs = _inputs(network, x)
     by_name = {norm.name: norm for norm in norms}
     for norm in norms:
-        if norm.by_batch and norm.name in spatial:
-            yield from _sizes(norm, spatial[norm.name], batches)
-        yield from _momentum(norm)
+        if norm.by_batch:
+            if norm.name in spatial:
+                yield from _sizes(norm, spatial[norm.name], batches)
+            yield from _momentum(norm)
     for index, node in enumerate(graph.nodes):
         if node.kind == "norm" and by_name[node.name].by_batch:
             norm = by_name[node.name]
@@ -88,10 +89,18 @@ def _bias(norm: Norm, graph: Graph, node: Node) -> Iterator[Finding]:
     if found is None or not norm.channels.all():
         return
     index, before = found
-    if before.kind != "linear" or len(graph.users(index)) != 1:
+    users = graph.users(index)
+    if before.kind != "linear" or len(users) != 1:
         return
-    if getattr(before.layer, "bias", None) is not None:
+    same = _same_channels(users[0].shape, before.axis, node.shape, norm.axis)
+    if same and getattr(before.layer, "bias", None) is not None:
         yield from finding("BNX104", before.name, norm.num_features, f"before {norm.name!r}")
+
+
+def _same_channels(made: tuple[int, ...], a: int, taken: tuple[int, ...], b: int) -> bool:
+    """Whether axis `a` of an array is axis `b` of what a reshape makes of it."""
+    a, b = a % len(made), b % len(taken)
+    return made[a] == taken[b] and math.prod(made[:a]) == math.prod(taken[:b])
 
 
 def _dropout(network: Network, norm: Norm, graph: Graph, index: int, x: Array) -> Iterator[Finding]:
@@ -105,6 +114,8 @@ def _dropout(network: Network, norm: Norm, graph: Graph, index: int, x: Array) -
         return
     node, between = found[1], None
     if node.kind == "linear":
+        if graph.before(graph.nodes[index], ("same",)) != found:
+            return  # the sum above is of what comes before the activation
         between = node
         found = graph.before(node, _THROUGH)
         if found is None:

@@ -107,7 +107,7 @@ class TorchNetwork:
                     stack.callback(setattr, layer, "track_running_stats", layer.track_running_stats)
                     layer.track_running_stats = False
                 if watch is not None:
-                    hook = layer.register_forward_hook(_watching(name, watch))
+                    hook = layer.register_forward_hook(_watching(name, watch), with_kwargs=True)
                     stack.callback(hook.remove)
             return self.model(x)
 
@@ -122,7 +122,7 @@ class TorchNetwork:
                     continue
                 before, after = _recording(name, graph, depth)
                 stack.callback(module.register_forward_pre_hook(before).remove)
-                stack.callback(module.register_forward_hook(after).remove)
+                stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
             with _Functions(graph, depth):
                 self.model(x)
         return graph
@@ -160,9 +160,17 @@ def _norm(name: str, layer: Any, by_batch: bool) -> Norm:
     )
 
 
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Of a call of a layer, its input first."""
+    names = sorted(kwargs, key=lambda name: name != "input")
+    values = (*args, *(kwargs[name] for name in names))
+    return tuple(x for x in values if isinstance(x, Tensor))
+
+
 def _watching(name: str, watch: Watch) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        watch(name, by_channel(_array(args[0]), 1), by_channel(_array(output), 1))
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+        x = _tensors(args, kwargs)[0]
+        watch(name, by_channel(_array(x), 1), by_channel(_array(output), 1))
 
     return hook
 
@@ -173,9 +181,9 @@ def _recording(
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         depth[0] += 1
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         depth[0] -= 1
-        tensors = tuple(x for x in args if isinstance(x, Tensor))
+        tensors = _tensors(args, kwargs)
         if not (tensors and isinstance(output, Tensor)):
             return
         if isinstance(module, _BatchNorm):
@@ -220,7 +228,10 @@ def _details(module: nn.Module, x: Tensor) -> dict[str, Any]:
         element = "element" if isinstance(module, nn.Dropout) else ""
         channel = "channel" if isinstance(module, _CHANNEL_DROPOUT) else ""
         return {"p": float(module.p), "noise": element or channel}
-    return {"layer": module, "x": x} if isinstance(module, nn.Linear | _ConvNd) else {}
+    if isinstance(module, nn.Linear | _ConvNd):
+        spatial = len(module.kernel_size) if isinstance(module, _ConvNd) else 0
+        return {"layer": module, "x": x, "axis": -1 - spatial}
+    return {}
 
 
 class _Functions(TorchFunctionMode):
