@@ -547,6 +547,15 @@ def test_changes_of_containers_count():
         check_same(model, plain, torch.randn(3, 4, 5, 5))
 
 
+@pytest.mark.parametrize("name", ["0", "0.0"])
+def test_hooks_on_nested_containers_run(name):
+    model = nn.Sequential(nn.Sequential(nn.Sequential(nn.BatchNorm2d(4))), nn.ReLU())
+    model, report = bt.accelerate(model)
+    assert report.fused == {"0.0.0": "relu"}
+    model.get_submodule(name).register_forward_hook(lambda module, args, y: y * 0 + 2)
+    assert (model(torch.randn(3, 4, 5, 5)) == 2).all()
+
+
 def sets_attribute_of_class(model):
     model.doubles = True
 

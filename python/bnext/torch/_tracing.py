@@ -12,6 +12,7 @@ import inspect
 import operator
 import pickle
 import random
+import re
 import sys
 import threading
 import warnings
@@ -126,7 +127,7 @@ def trace(module: nn.Module) -> Traced:
             raise NotTraceable(f"forward reads {read.name}, a {type(read.value).__name__}")
     targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     called = {id(module.get_submodule(target)) for target in targets}
-    parents = {target.rpartition(".")[0] for target in targets} - {""}
+    parents = {target[: dot.start()] for target in targets for dot in re.finditer(r"\.", target)}
     return Traced(
         graph,
         list(seen.reads.values()),
