@@ -1,6 +1,7 @@
 """bnext.torch.accelerate: whole models, and what is fused in them and what is not."""
 
 import copy
+import gc
 import pickle
 import random
 from collections import OrderedDict
@@ -545,6 +546,23 @@ def test_changes_of_containers_count():
         for each in (model, plain):
             change(each)
         check_same(model, plain, torch.randn(3, 4, 5, 5))
+
+
+def test_what_the_garbage_collector_calls_is_not_of_forward():
+    def callback(phase, info):
+        global collected
+        collected = phase
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        _, report = bt.accelerate(Block())
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert report.not_fused == {}
 
 
 @pytest.mark.parametrize("name", ["0", "0.0"])

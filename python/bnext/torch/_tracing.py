@@ -8,6 +8,7 @@ through, and notes what else has to stay as it is.
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import operator
 import pickle
@@ -313,7 +314,8 @@ def _record(root: nn.Module, seen: _Seen) -> Iterator[None]:
     def generators() -> bytes:
         return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002
 
-    previous, before = sys.getprofile(), generators()
+    previous, before, collecting = sys.getprofile(), generators(), gc.isenabled()
+    gc.disable()  # what others let the garbage collector call is not forward's
     nn.Module.__getattribute__ = getattribute
     sys.setprofile(profile)
     try:
@@ -321,6 +323,8 @@ def _record(root: nn.Module, seen: _Seen) -> Iterator[None]:
     finally:
         sys.setprofile(previous)
         del nn.Module.__getattribute__
+        if collecting:
+            gc.enable()
         if generators() != before:
             seen.unseen.append("draws random numbers")
 
