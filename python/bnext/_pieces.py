@@ -40,7 +40,7 @@ def integer(operation: str, argument: str, value: SupportsIndex, least: float = 
 
 
 def sizes(operation: str, argument: str, value: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """`value` as a shape; whose sizes it may have is for others to say."""
+    """`value` as a shape without negative sizes; which it may have is for others to say."""
     try:
         shape = tuple(operator.index(size) for size in value)
     except TypeError:

@@ -272,8 +272,8 @@ class FusedForward(ClassForward):
             kwargs
             or torch.compiler.is_compiling()
             or nn_module._has_any_global_hook()
-            or not self.holds()
             or any(type(x) is not Tensor for x in args)
+            or not self.holds()
         ):
             return type(self.owner).forward(self.owner, *args, **kwargs)
         if self.function is None:

@@ -312,7 +312,8 @@ def _record(root: nn.Module, seen: _Seen) -> Iterator[None]:
                     seen.unseen.append("uses logging")
 
     def generators() -> bytes:
-        return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002
+        legacy = np.random.get_state(legacy=False)  # noqa: NPY002
+        return pickle.dumps((random.getstate(), legacy))
 
     previous, before, collecting = sys.getprofile(), generators(), gc.isenabled()
     gc.disable()  # what others let the garbage collector call is not forward's
